@@ -1,0 +1,176 @@
+"""What the network sees of the cache during one step: rings and histories, with or without a pool behind them.
+
+Shape letters: T tokens in step, B spans, S slots, R ring rows, M rows emitted, N rows per span (bound),
+K rows read per token, P pages per sequence, C row width, E projected channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from pyrosome.cache.streams import PAGE_ROWS
+from pyrosome.ops.compress import Emit
+from pyrosome.ops.rows import RowSource, UnitedRows
+from pyrosome.quant.rows import RowFormat
+
+
+class StepLike(Protocol):
+    """The part of a step that addressing needs."""
+
+    span_T: Tensor
+    slot_B: Tensor
+    stop_B: Tensor
+    context: int
+    layout: tuple[tuple[int, int], ...]
+
+    def ring_place(self, ring_rows: int) -> tuple[Tensor, Tensor]: ...
+
+
+class LayerCache(Protocol):
+    """One layer's streams during one step.  Rings are read before they are written; history is written, then read."""
+
+    ring_rows: int
+
+    def window(self, fresh_TC: Tensor) -> UnitedRows: ...
+    def stored(self, rows: Tensor) -> Tensor: ...
+    def keep_window(self, rows_TC: Tensor) -> None: ...
+    def tail(self, name: str, like_TE: Tensor) -> tuple[Tensor, Tensor]: ...
+    def keep_tail(self, name: str, kv_TE: Tensor, gate_TE: Tensor) -> None: ...
+    def history(self, name: str, rows_MC: Tensor, emit: Emit, ratio: int) -> RowSource: ...
+
+
+class FreshLayer:
+    """No pool: the step holds whole sequences from position 0.  Nothing is written in place, so gradients flow."""
+
+    ring_rows = 0
+
+    def __init__(self, step: StepLike) -> None:
+        self.step = step
+
+    def window(self, fresh_TC: Tensor) -> UnitedRows:
+        return UnitedRows(fresh_TC.new_zeros(len(self.step.layout), 0, fresh_TC.shape[1]), fresh_TC)
+
+    def stored(self, rows: Tensor) -> Tensor:
+        return rows
+
+    def keep_window(self, rows_TC: Tensor) -> None:
+        pass
+
+    def tail(self, name: str, like_TE: Tensor) -> tuple[Tensor, Tensor]:
+        empty_SRE = like_TE.new_zeros(1, 1, like_TE.shape[1])
+        return empty_SRE, empty_SRE
+
+    def keep_tail(self, name: str, kv_TE: Tensor, gate_TE: Tensor) -> None:
+        pass
+
+    def history(self, name: str, rows_MC: Tensor, emit: Emit, ratio: int) -> RowSource:
+        return FreshRows(rows_MC, self.step, ratio)
+
+
+class FreshRows:
+    """Rows this step emitted, span after span: row r of span b is at base_b + r."""
+
+    format = ""
+
+    def __init__(self, rows_MC: Tensor, step: StepLike, ratio: int) -> None:
+        self.rows_MC, self.span_T = rows_MC, step.span_T
+        self.num_rows = step.context // ratio if rows_MC.shape[0] else 0
+        count_B = step.stop_B // ratio
+        self.base_B = count_B.cumsum(0) - count_B
+
+    def read(self, index_TK: Tensor) -> tuple[Tensor, Tensor]:
+        rows_NC = torch.cat([self.rows_MC.new_zeros(1, self.rows_MC.shape[1]), self.rows_MC])
+        return rows_NC, torch.where(index_TK < 0, 0, 1 + self.base_B[self.span_T][:, None] + index_TK)
+
+    def span_rows(self, low: int, high: int) -> Tensor:
+        row_BN = self.base_B[:, None] + torch.arange(low, high, device=self.base_B.device)
+        return self.rows_MC[row_BN.clamp(max=self.rows_MC.shape[0] - 1)]
+
+
+class PooledLayer:
+    """One layer's streams in a pool, seen through one step."""
+
+    def __init__(
+        self,
+        step: StepLike,
+        window: tuple[Tensor, ...],
+        window_format: RowFormat,
+        tails: dict[str, Tensor],
+        histories: dict[str, tuple[tuple[Tensor, ...], RowFormat, Tensor]],
+    ) -> None:
+        self.step, self._window, self._format = step, window, window_format
+        self._tails, self._histories = tails, histories
+        self.ring_rows = window[0].shape[1]
+
+    def window(self, fresh_TC: Tensor) -> UnitedRows:
+        ring_BRC = self._format.decode(tuple(plane[self.step.slot_B] for plane in self._window))
+        return UnitedRows(ring_BRC, fresh_TC)
+
+    def stored(self, rows: Tensor) -> Tensor:
+        """The rows as they will be read back: a span must see its own rows as later spans will."""
+        return self._format.round_trip(rows)
+
+    def keep_window(self, rows_TC: Tensor) -> None:
+        place = self.step.ring_place(self.ring_rows)
+        for plane, encoded in zip(self._window, self._format.encode(rows_TC), strict=True):
+            plane[place] = encoded
+
+    def tail(self, name: str, like_TE: Tensor) -> tuple[Tensor, Tensor]:
+        kv_SRE, gate_SRE = self._tails[name]
+        return kv_SRE, gate_SRE
+
+    def keep_tail(self, name: str, kv_TE: Tensor, gate_TE: Tensor) -> None:
+        kv_SRE, gate_SRE = self._tails[name]
+        place = self.step.ring_place(kv_SRE.shape[1])
+        kv_SRE[place] = kv_TE.to(kv_SRE.dtype)
+        gate_SRE[place] = gate_TE.to(gate_SRE.dtype)
+
+    def history(self, name: str, rows_MC: Tensor, emit: Emit, ratio: int) -> RowSource:
+        planes, row_format, table_SP = self._histories[name]
+        row_M = emit.end // ratio
+        page_M = table_SP[emit.slot, (row_M // PAGE_ROWS).clamp(min=0)]
+        # The spare page's last row takes what is not to be kept; its first stays zero and stands for "nothing".
+        place_M = torch.where(emit.end >= 0, page_M * PAGE_ROWS + row_M % PAGE_ROWS, PAGE_ROWS - 1)
+        for plane, encoded in zip(planes, row_format.encode(rows_MC), strict=True):
+            plane[place_M] = encoded
+        return PagedRows(planes, row_format, table_SP[self.step.slot_B], self.step, ratio)
+
+
+class PagedRows:
+    """A history stream of the step's sequences, read through their page tables."""
+
+    def __init__(
+        self, planes: tuple[Tensor, ...], row_format: RowFormat, table_BP: Tensor, step: StepLike, ratio: int
+    ) -> None:
+        self.planes, self.row_format, self.table_BP = planes, row_format, table_BP
+        self.format, self.span_T = row_format.name, step.span_T
+        self.num_rows = min(step.context // ratio, table_BP.shape[1] * PAGE_ROWS)
+
+    def read(self, index_TK: Tensor) -> tuple[Tensor, Tensor]:
+        (T, K), B = index_TK.shape, self.table_BP.shape[0]
+        span_T1 = self.span_T[:, None]
+        if B * self.num_rows <= T * K:  # fewer rows than reads: decode each once
+            rows_NC = self.span_rows(0, self.num_rows).flatten(0, 1)
+            rows_NC = torch.cat([rows_NC.new_zeros(1, rows_NC.shape[1]), rows_NC])
+            return rows_NC, torch.where(index_TK < 0, 0, 1 + span_T1 * self.num_rows + index_TK)
+        safe_TK = index_TK.clamp(min=0)
+        place_TK = self.table_BP[span_T1, safe_TK // PAGE_ROWS] * PAGE_ROWS + safe_TK % PAGE_ROWS
+        rows_NC = self._decode(torch.where(index_TK < 0, 0, place_TK).flatten())
+        return rows_NC, torch.arange(T * K, device=index_TK.device).view(T, K)
+
+    def span_rows(self, low: int, high: int) -> Tensor:
+        row_N = torch.arange(low, high, device=self.table_BP.device)
+        place_BN = self.table_BP[:, row_N // PAGE_ROWS] * PAGE_ROWS + row_N % PAGE_ROWS
+        return self._decode(place_BN.flatten()).unflatten(0, place_BN.shape)
+
+    def _decode(self, place_N: Tensor) -> Tensor:
+        return self.row_format.decode(tuple(plane.index_select(0, place_N) for plane in self.planes))
+
+
+def fresh_layers(step: StepLike, num_layers: int) -> Sequence[LayerCache]:
+    """The views of a step without a pool: whole sequences, as training runs them."""
+    return [FreshLayer(step)] * num_layers

@@ -1,0 +1,96 @@
+"""Tensors of a checkpoint, shard by shard, through a memory map.
+
+A value yielded is a view of the mapping: whoever keeps it copies it, and when a shard is done its mapping
+goes.  So a load peaks at what was kept plus one shard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from pyrosome.checkpoint.headers import TensorInfo
+from pyrosome.checkpoint.index import CheckpointIndex
+from pyrosome.checkpoint.names import IGNORED, scale_name
+from pyrosome.errors import CheckpointError, MissingTensor
+from pyrosome.quant import QuantTensor, format_of
+from pyrosome.quant.formats import DTYPES
+
+Progress = Callable[[int, int, str], None]
+_E8M0_NAN = 255
+
+
+def read_tensors(
+    index: CheckpointIndex, names: Collection[str] | None = None, progress: Progress | None = None
+) -> Iterator[tuple[str, Tensor | QuantTensor]]:
+    """Yield (name, value) of every weight, or of `names`; a weight with a scale comes as one QuantTensor.
+
+    Args:
+        progress: called after each shard with (bytes read, bytes in all, shard name).
+
+    Raises:
+        MissingTensor: an FP8 or FP4 weight has no scale.
+        CheckpointError: a scale holds a NaN byte.
+        UnsupportedFormat: a pair of data and scale in no known format.
+    """
+    wanted = [n for n in (index.tensors if names is None else names) if n not in IGNORED]
+    scales = {scale_name(n) for n in wanted if n.endswith(".weight")}
+    weights = [n for n in wanted if n not in scales]
+    by_file = sorted(weights, key=lambda n: (index.tensors[n].file.name, index.tensors[n].begin))
+    total = sum(index.tensors[n].nbytes for n in wanted)
+    done = 0
+    for file, group in groupby(by_file, key=lambda n: index.tensors[n].file):
+        for name in group:
+            yield name, _read(index, name)
+            done += index.tensors[name].nbytes
+            if scale_name(name) in scales and scale_name(name) in index.tensors:
+                done += index.tensors[scale_name(name)].nbytes
+        _unmap()
+        if progress is not None:
+            progress(done, total, file.name)
+
+
+def _read(index: CheckpointIndex, name: str) -> Tensor | QuantTensor:
+    info = index.tensors[name]
+    data = _view(info)
+    scale_info = index.tensors.get(scale_name(name)) if name.endswith(".weight") else None
+    if scale_info is None:
+        if info.dtype in ("F8_E4M3", "I8"):
+            raise MissingTensor(
+                f"{name} is {info.dtype} and {scale_name(name)} is in no shard; without its scale the weight means "
+                "nothing: download the shards again"
+            )
+        return data
+    scale = _view(scale_info)
+    bad = (scale.view(torch.uint8) == _E8M0_NAN).nonzero()
+    if len(bad):
+        raise CheckpointError(
+            f"{scale_name(name)} holds NaN (byte 255) at {tuple(bad[0].tolist())}, {len(bad)} in all; the file "
+            f"{scale_info.file.name} is damaged: download it again"
+        )
+    found = format_of(data, scale)
+    assert found is not None  # a pair with a scale has a format, or format_of raised
+    return QuantTensor(found.name, data, scale)
+
+
+_mapped: dict[str, Tensor] = {}
+
+
+def _view(info: TensorInfo) -> Tensor:
+    """The tensor's bytes in the file, mapped; nothing is copied."""
+    key = str(info.file)
+    if key not in _mapped:
+        num_bytes = info.file.stat().st_size
+        _mapped[key] = torch.from_file(key, shared=False, size=num_bytes, dtype=torch.uint8)
+    raw = _mapped[key][info.begin : info.end]
+    dtype = DTYPES[info.dtype]
+    if info.begin % dtype.itemsize:  # a view would be misaligned: rare, so a copy is fine
+        raw = raw.clone()
+    return raw.view(dtype).view(info.shape)
+
+
+def _unmap() -> None:
+    _mapped.clear()

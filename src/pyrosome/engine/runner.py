@@ -1,0 +1,130 @@
+"""Network and cache together: sequences that grow, a step at a time.
+
+Shape letters: T tokens in step, B spans, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence as Items
+
+import torch
+from torch import Tensor
+
+from pyrosome.cache.pool import CachePool
+from pyrosome.errors import RequestError
+from pyrosome.model.deepseek_v4 import DeepseekV4
+from pyrosome.model.mtp import MTPStage, keep_streams, streams_at
+from pyrosome.model.step import Span, Step
+
+
+@dataclasses.dataclass(eq=False)
+class Sequence:
+    """Tokens being grown: a slot of the cache, and how many positions it holds."""
+
+    slot: int
+    length: int = 0
+
+
+class Runner:
+    """Runs steps of ragged spans through one network and one cache pool.
+
+    Every forward of this package goes through here or through `DeepseekV4.forward` itself: prompt parts,
+    single tokens and draft verifications are the same call.
+    """
+
+    def __init__(
+        self, model: DeepseekV4, kv_format: str, max_sequences: int, max_context: int, *, num_drafts: int = 0
+    ) -> None:
+        self.model = model
+        self.device = model.embed.device
+        self.has_drafts = len(model.mtp) > 0
+        self.pool = CachePool(
+            model.config,
+            kv_format,
+            max_sequences,
+            max_context,
+            num_drafts=num_drafts,
+            drafts=self.has_drafts,
+            device=self.device,
+        )
+
+    def open(self) -> Sequence:
+        """Start an empty sequence."""
+        return Sequence(self.pool.open())
+
+    def close(self, sequence: Sequence) -> None:
+        """End a sequence and free what it holds."""
+        self.pool.close(sequence.slot)
+
+    @torch.inference_mode()
+    def step(self, spans: Items[tuple[Sequence, Items[int]]], *, every_row: bool = False) -> list[Tensor]:
+        """Append ids to each sequence in one forward.
+
+        Returns: per span, float32 logits [V] after its last token, or [len, V] after each with `every_row`.
+
+        Raises:
+            RequestError: an empty span, an id outside the vocabulary, or one sequence twice.
+            ContextTooLong: a sequence would outgrow the pool.
+        """
+        step = self._admit(spans)
+        streams = self.model(step, cache=self.pool.layers(step)).streams
+        if self.has_drafts:
+            keep_streams(step, streams, self.pool.draft_hidden)
+        self._commit(spans)
+        if every_row:
+            return list(self.model.logits(streams).split([len(ids) for _, ids in spans]))
+        return list(self.model.logits(streams[step.last_token_B()]))
+
+    @torch.inference_mode()
+    def step_with_drafts(self, sequence: Sequence, ids: Items[int]) -> Tensor:
+        """Append `ids` to a sequence and run its MTP stage over every position whose next id is known.
+
+        Returns: float32 [n, V], the stage's logits at positions start - 1 (0 at the beginning) to the last but one.
+        """
+        start = sequence.length
+        spans = [(sequence, ids)]
+        step = self._admit(spans)
+        streams = self.model(step, cache=self.pool.layers(step)).streams
+        ring = self.pool.draft_hidden
+        first = max(start - 1, 0)
+        known = list(ids) if start else list(ids)[1:]
+        logits = torch.empty(0, self.model.config.vocab_size, device=self.device)
+        if known:
+            draft_step = Step.of([Span(sequence.slot, first, known)], self.device)
+            stage: MTPStage = self.model.mtp[0]  # type: ignore[assignment]
+            hidden = streams_at(draft_step, step, streams, ring)
+            logits, _ = stage.draft(self.model, draft_step, hidden, self.pool.draft_layer(draft_step))
+        keep_streams(step, streams, ring)
+        self._commit(spans)
+        return logits
+
+    def _admit(self, spans: Items[tuple[Sequence, Items[int]]]) -> Step:
+        if len({id(s) for s, _ in spans}) != len(spans) or not spans:
+            raise RequestError(f"a step takes each sequence once, and at least one; {len(spans)} spans were given")
+        vocabulary = self.model.config.vocab_size
+        for sequence, ids in spans:
+            check_ids(ids, vocabulary)
+            self.pool.grow(sequence.slot, sequence.length + len(ids))
+        return Step.of([Span(s.slot, s.length, ids) for s, ids in spans], self.device)
+
+    @staticmethod
+    def _commit(spans: Items[tuple[Sequence, Items[int]]]) -> None:
+        for sequence, ids in spans:
+            sequence.length += len(ids)
+
+
+def check_ids(ids: Items[int], vocab_size: int) -> None:
+    """Refuse what no embedding has a row for.
+
+    Raises:
+        RequestError: no ids at all, or one outside 0..vocab_size - 1.
+    """
+    if len(ids) == 0:
+        raise RequestError("an empty prompt was given; pass at least one token id (the beginning-of-sentence id will do)")
+    for at, token in enumerate(ids):
+        if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab_size:
+            raise RequestError(
+                f"token {token!r} at position {at} is not an id of this model's vocabulary (integers 0 to "
+                f"{vocab_size - 1}); encode the text with this checkpoint's own tokenizer"
+            )

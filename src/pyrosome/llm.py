@@ -1,0 +1,278 @@
+"""The public face: load a model, read its logits, generate from it.
+
+Shape letters: T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pyrosome.cache.streams import CachePlan, plan_cache
+from pyrosome.chat import Detokenizer, Tokenizer
+from pyrosome.checkpoint.index import open_checkpoint
+from pyrosome.config import ModelConfig
+from pyrosome.engine.generate import Request, TokenEvent, generate
+from pyrosome.engine.runner import Runner, check_ids
+from pyrosome.errors import ContextTooLong, RequestError
+from pyrosome.model.build import build
+from pyrosome.model.deepseek_v4 import DeepseekV4
+from pyrosome.model.numerics import numerics_named
+from pyrosome.options import SamplingParams
+
+
+@dataclasses.dataclass(eq=False)
+class LoadedModel:
+    """A network with its weights, and the row format its caches are opened in."""
+
+    network: DeepseekV4
+    config: ModelConfig
+    numerics: str
+    kv_format: str
+    path: Path
+
+    @property
+    def has_drafts(self) -> bool:
+        """Whether an MTP stage was loaded with the trunk."""
+        return len(self.network.mtp) > 0
+
+    def runner(self, max_sequences: int = 4, max_context: int = 4096, *, num_drafts: int = 0) -> Runner:
+        """Open a cache for up to `max_sequences` sequences of up to `max_context` tokens each."""
+        return Runner(self.network, self.kv_format, max_sequences, max_context, num_drafts=num_drafts)
+
+    def logits(self, ids: Sequence[int], cuts: Iterable[int] | None = None) -> Tensor:
+        """Logits after each token, float32 [T, V], computed through the cache.
+
+        Args:
+            cuts: positions where a span ends and the next begins, ascending, each in 1..T-1;
+                `range(1, len(ids))` is token by token, None is one span.
+
+        Raises:
+            RequestError: no ids, an id outside the vocabulary, cuts out of order.
+            ContextTooLong: more ids than the model has positions for.
+        """
+        ids = self._checked(ids)
+        runner = self.runner(1, len(ids))
+        sequence = runner.open()
+        rows = [runner.step([(sequence, ids[a:b])], every_row=True)[0] for a, b in _pieces(len(ids), cuts)]
+        return torch.cat(rows).float()
+
+    def draft_logits(self, ids: Sequence[int], cuts: Iterable[int] | None = None) -> Tensor:
+        """Logits of the MTP stage, float32 [T - 1, V]: row t reads token t + 1 and is about token t + 2.
+
+        Raises:
+            RequestError: as `logits`; or this checkpoint has no MTP stage.
+        """
+        if not self.has_drafts:
+            release = "a DSpark head, which this version does not run yet" if self.config.dspark else "no MTP tensors"
+            raise RequestError(f"draft logits were asked for and {self.path} has {release}; use `logits`")
+        ids = self._checked(ids)
+        runner = self.runner(1, len(ids))
+        sequence = runner.open()
+        rows = [runner.step_with_drafts(sequence, ids[a:b]) for a, b in _pieces(len(ids), cuts)]
+        return torch.cat(rows).float()
+
+    def _checked(self, ids: Sequence[int]) -> list[int]:
+        ids = ids.tolist() if isinstance(ids, Tensor) else list(ids)
+        check_ids(ids, self.config.vocab_size)
+        check_length(len(ids), self.config)
+        return ids
+
+
+def check_length(num_tokens: int, config: ModelConfig) -> None:
+    """Refuse more tokens than the model has positions for.
+
+    Raises:
+        ContextTooLong
+    """
+    if num_tokens > config.max_position_embeddings:
+        raise ContextTooLong(
+            num_tokens, config.max_position_embeddings, "shorten the prompt (max_position_embeddings is the limit)"
+        )
+
+
+def _pieces(length: int, cuts: Iterable[int] | None) -> list[tuple[int, int]]:
+    cuts = list(cuts) if cuts is not None else []
+    if cuts != sorted(set(cuts)) or any(not 0 < c < length for c in cuts):
+        raise RequestError(f"cuts must ascend within 1..{length - 1} for {length} tokens; {cuts} were given")
+    edges = [0, *cuts, length]
+    return list(zip(edges, edges[1:], strict=False))
+
+
+def load_model(
+    path_or_name: str | Path,
+    device: str = "cpu",
+    numerics: str = "exact",
+    kv_format: str | None = None,
+    *,
+    unpack: bool | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> LoadedModel:
+    """Load a checkpoint in the official layout: a directory, a single file, or a built-in name.
+
+    Args:
+        numerics: "exact" (no rounding simulated) or "trained" (every rounding the weights were trained with).
+        kv_format: stored cache rows: "f32", "bf16" or "fp8"; None takes the numerics' own (exact f32, trained fp8).
+        unpack: hold float32 copies of the weights (True), hold them as stored (False), or decide by size (None).
+        progress: called with (bytes read, bytes in all, shard name).
+
+    Raises:
+        CheckpointError: the files are not what they claim to be, or the shape cannot be stored in `kv_format`.
+        RequestError: unknown numerics.
+    """
+    arithmetic = numerics_named(numerics)
+    kv_format = kv_format or arithmetic.default_kv_format
+    index = open_checkpoint(path_or_name)
+    plan_cache(index.config, kv_format, 1, 1)  # a format that cannot store this shape is refused before the load
+    network = build(index, arithmetic, device=device, unpack=unpack, progress=progress)
+    return LoadedModel(network, index.config, numerics, kv_format, index.path)
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """One finished generation."""
+
+    token_ids: list[int]
+    text: str
+    logprobs: list[dict[int, float]] | None  # per token: its own and the top ones asked for; raw model distribution
+    finish_reason: str  # "stop" or "length"
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """A streamed part of a generation: text that no later token can change."""
+
+    text: str
+    token_ids: list[int]
+    finish_reason: str | None
+
+
+class LLM:
+    """A model with its tokenizer, for offline use.
+
+        llm = LLM("builtin:nano")
+        llm.generate(["Hello"], SamplingParams(max_tokens=16, temperature=0))[0].text
+
+    Raises:
+        CheckpointError: as `load_model`; or there is no tokenizer beside the weights.
+    """
+
+    def __init__(
+        self,
+        path_or_name: str | Path,
+        numerics: str = "trained",
+        kv_format: str | None = None,
+        device: str = "cpu",
+        *,
+        max_sequences: int = 8,
+        step_tokens: int = 2048,
+        progress: Callable[[int, int, str], None] | None = None,
+    ) -> None:
+        self.model = load_model(path_or_name, device, numerics, kv_format, progress=progress)
+        self.tokenizer = Tokenizer.from_dir(self.model.path)
+        self.max_sequences, self.step_tokens = max_sequences, step_tokens
+
+    def generate(
+        self, prompts: Sequence[str | Sequence[int]], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> list[Output]:
+        """Continue every prompt (text, or ids); one `SamplingParams` for all, or one each.
+
+        Raises:
+            RequestError: an empty prompt, an id outside the vocabulary, or a number of params that fits no prompt.
+            ContextTooLong: a prompt longer than the model's context.
+        """
+        requests = self._requests(prompts, params)
+        texts = [_Text(self.tokenizer, r.params) for r in requests]
+        events: list[list[TokenEvent]] = [[] for _ in requests]
+        for event in self._run(requests, texts):
+            events[event.request].append(event)
+        return [_output(texts[i], events[i], requests[i].params) for i in range(len(requests))]
+
+    def stream(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> Iterator[Piece]:
+        """Continue one prompt, yielding text as soon as no later token can change it."""
+        requests = self._requests([prompt], params)
+        text = _Text(self.tokenizer, requests[0].params)
+        for event in self._run(requests, [text]):
+            yield Piece(text.take(), [event.token], event.finish_reason)
+
+    def kv_bytes(self, context: int = 0) -> dict[str, float]:
+        """Cache bytes: growth per token, and one sequence of `context` tokens with its state."""
+        plan = self.plan_cache(max(context, 1))
+        return {"per_token": plan.bytes_per_token, "sequence": plan.sequence_bytes(context)}
+
+    def plan_cache(self, max_context: int, max_sequences: int = 1) -> CachePlan:
+        """What a cache for so many sequences of so many tokens will allocate."""
+        m = self.model
+        return plan_cache(m.config, m.kv_format, max_sequences, max_context, drafts=m.has_drafts)
+
+    def _requests(
+        self, prompts: Sequence[str | Sequence[int]], params: SamplingParams | Sequence[SamplingParams] | None
+    ) -> list[Request]:
+        if isinstance(prompts, str):
+            raise RequestError("generate takes a list of prompts; a single string was given: pass [prompt]")
+        each = [params or SamplingParams()] * len(prompts) if not isinstance(params, Sequence) else list(params)
+        if len(each) != len(prompts):
+            raise RequestError(f"{len(prompts)} prompts and {len(each)} SamplingParams were given; pass one, or one each")
+        requests = []
+        for prompt, p in zip(prompts, each, strict=True):
+            ids = self.encode(prompt) if isinstance(prompt, str) else list(prompt)
+            check_ids(ids, self.model.config.vocab_size)
+            check_length(len(ids), self.model.config)
+            requests.append(Request(ids, p))
+        return requests
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text prompt, with the beginning-of-sentence id in front, as the model was trained."""
+        return [self.model.config.bos_token_id, *self.tokenizer.encode(text)]
+
+    def _run(self, requests: list[Request], texts: list[_Text]) -> Iterator[TokenEvent]:
+        config = self.model.config
+        context = max((len(r.ids) + r.params.max_tokens for r in requests), default=1)
+        runner = self.model.runner(
+            max(1, min(len(requests), self.max_sequences)), min(context, config.max_position_embeddings)
+        )
+        stopped: set[int] = set()
+        options = {"eos_id": config.eos_token_id, "step_tokens": self.step_tokens, "stopped": stopped}
+        for event in generate(runner, requests, **options):
+            if texts[event.request].feed(event):  # a stop string: end this request, and only it
+                event = dataclasses.replace(event, finish_reason="stop")
+                stopped.add(event.request)
+            yield event
+
+
+class _Text:
+    """One request's text: detokenised as it grows, cut before the first stop string."""
+
+    def __init__(self, tokenizer: Tokenizer, params: SamplingParams) -> None:
+        self.detokenizer = Detokenizer(tokenizer)
+        self.stop = params.stop
+        self.hold = max((len(s) for s in params.stop), default=1) - 1
+        self.text, self.taken, self.done = "", 0, False
+
+    def feed(self, event: TokenEvent) -> bool:
+        """Take a token; True where its text completes a stop string."""
+        if not event.is_end_token:
+            self.text += self.detokenizer.feed([event.token])
+        if event.finish_reason:
+            self.text += self.detokenizer.close()
+            self.done = True
+        found = [at for s in self.stop if (at := self.text.find(s, max(0, self.taken - self.hold))) >= 0]
+        if found:
+            self.text, self.done = self.text[: min(found)], True
+        return bool(found)
+
+    def take(self) -> str:
+        """Text that can no longer change: all but what may be the beginning of a stop string."""
+        end = len(self.text) if self.done else max(self.taken, len(self.text) - self.hold)
+        piece, self.taken = self.text[self.taken : end], end
+        return piece
+
+
+def _output(text: _Text, events: list[TokenEvent], params: SamplingParams) -> Output:
+    logprobs = None if params.logprobs is None else [e.logprobs for e in events]
+    reason = events[-1].finish_reason if events else "length"
+    return Output([e.token for e in events], text.text, logprobs, reason or "length")

@@ -1,0 +1,1 @@
+"""The network: one definition, which serves, trains and is checked against the official vectors."""

@@ -1,0 +1,357 @@
+"""DeepSeek-V4, top to bottom: the one definition that serves and trains.
+
+Shape letters: T tokens in step, J residual streams, D model dim, H heads, C head dim, L query latent,
+G output groups, M rows emitted, K rows or experts chosen, V vocabulary.
+Module names are the official checkpoint's tensor names.  Source: DeepSeek-V4 report and the official
+inference code; each function names the equation it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pyrosome.cache.views import LayerCache, fresh_layers
+from pyrosome.config import ModelConfig
+from pyrosome.model.experts import ExpertBank
+from pyrosome.model.layers import Linear, RMSNorm, Weight
+from pyrosome.model.numerics import Numerics
+from pyrosome.model.step import Step
+from pyrosome.ops.compress import Emit, compress
+from pyrosome.ops.experts import clamped_swiglu
+from pyrosome.ops.hyper_connection import hyper_connection_head, hyper_connection_in, hyper_connection_out
+from pyrosome.ops.index_topk import index_topk
+from pyrosome.ops.linear import grouped_linear, linear
+from pyrosome.ops.rms_norm import rms_norm
+from pyrosome.ops.rope import frequencies, rope, rotation
+from pyrosome.ops.route import choose_experts, expert_weights, route_scores
+from pyrosome.ops.rows import RowSource
+from pyrosome.ops.sparse_attention import finish_attention, sparse_attention
+from pyrosome.quant import hadamard
+
+CSA_RATIO = 4
+
+
+class Compressor(nn.Module):
+    """Pools windows of tokens into rows: overlapping windows of 8 every 4 tokens (CSA), or of R every R (HCA)."""
+
+    def __init__(self, config: ModelConfig, ratio: int, width: int) -> None:
+        super().__init__()
+        self.ratio = ratio
+        self.window = 2 * ratio if ratio == CSA_RATIO else ratio
+        projected = width * self.window // ratio
+        self.wkv, self.wgate = Linear(projected, config.hidden_size), Linear(projected, config.hidden_size)
+        self.ape = nn.Parameter(torch.empty(ratio, projected, device="meta"))
+        self.norm = RMSNorm(width, config.rms_norm_eps)
+
+    def forward(self, x_TD: Tensor, emit: Emit, rotation_MF2: Tensor, cache: LayerCache, tail: str) -> Tensor:
+        """Rows [M, C] that this step finishes, normalised and rotated at their window's first position."""
+        kv_TE, gate_TE = self.wkv(x_TD), self.wgate(x_TD)
+        tail_kv, tail_gate = cache.tail(tail, kv_TE)
+        rows_MC = compress(kv_TE, gate_TE, tail_kv, tail_gate, self.ape, emit, self.window)
+        cache.keep_tail(tail, kv_TE, gate_TE)
+        return rope(self.norm(rows_MC), rotation_MF2)  # type: ignore[no-any-return]
+
+
+class Indexer(nn.Module):
+    """Lightning indexer: which compressed rows a query of a CSA layer reads."""
+
+    def __init__(self, config: ModelConfig, numerics: Numerics) -> None:
+        super().__init__()
+        self.heads, self.width, self.topk = config.index_n_heads, config.index_head_dim, config.index_topk
+        self.numerics = numerics
+        self.wq_b = Linear(self.heads * self.width, config.q_lora_rank)
+        self.weights_proj = Linear(self.heads, config.hidden_size)
+        self.compressor = Compressor(config, CSA_RATIO, self.width)
+
+    def forward(
+        self, x_TD: Tensor, latent_TL: Tensor, step: Step, turns: Rotations, cache: LayerCache
+    ) -> tuple[Tensor, Tensor]:
+        """(score, index) [T, K] of the rows chosen; index -1 where fewer are visible."""
+        key_MC = self.compressor(x_TD, step.emit(CSA_RATIO), turns.emitted, cache, "index_tail")
+        key_MC = self.numerics.index(hadamard(key_MC))
+        keys = cache.history("index_k", key_MC, step.emit(CSA_RATIO), CSA_RATIO)
+        q_THC = rope(self.wq_b(latent_TL).unflatten(-1, (self.heads, self.width)), turns.token)
+        q_THC = self.numerics.index(hadamard(q_THC))
+        weight_TH = self.weights_proj(x_TD) * (self.width**-0.5 * self.heads**-0.5)
+        return index_topk(q_THC, keys, weight_TH, step.visible_T(CSA_RATIO), step.layout, self.topk)  # type: ignore[no-any-return]
+
+
+class Rotations(NamedTuple):
+    """Cosines and sines a layer needs: of the step's tokens, and of the rows its compressor emits."""
+
+    token: Tensor
+    emitted: Tensor | None
+
+
+class Attention(nn.Module):
+    """Window attention, joined by compressed rows where the layer has a ratio: CSA (4) or HCA (others)."""
+
+    def __init__(self, config: ModelConfig, ratio: int, numerics: Numerics) -> None:
+        super().__init__()
+        self.ratio, self.numerics, self.window = ratio, numerics, config.sliding_window
+        self.heads, self.width, self.nope = config.num_attention_heads, config.head_dim, config.nope_dim
+        self.groups, self.eps = config.o_groups, config.rms_norm_eps
+        D, inner = config.hidden_size, config.num_attention_heads * config.head_dim
+        self.wq_a = Linear(config.q_lora_rank, D)
+        self.q_norm = RMSNorm(config.q_lora_rank, self.eps)
+        self.wq_b = Linear(inner, config.q_lora_rank)
+        self.wkv = Linear(config.head_dim, D)
+        self.kv_norm = RMSNorm(config.head_dim, self.eps)
+        self.attn_sink = nn.Parameter(torch.empty(self.heads, device="meta"))
+        self.wo_a = Weight(config.o_groups * config.o_lora_rank, inner // config.o_groups)
+        self.wo_b = Linear(D, config.o_groups * config.o_lora_rank)
+        if ratio:
+            self.compressor = Compressor(config, ratio, config.head_dim)
+        if ratio == CSA_RATIO:
+            self.indexer = Indexer(config, numerics)
+
+    def forward(
+        self, x_TD: Tensor, step: Step, turns: Rotations, cache: LayerCache, scores: list[tuple[Tensor, Tensor]]
+    ) -> Tensor:
+        """x [T, D] after its norm -> [T, D].  The indexer's (score, index) are appended to `scores`."""
+        latent_TL = self.q_norm(self.wq_a(x_TD))
+        q_THC = self.wq_b(latent_TL).unflatten(-1, (self.heads, self.width))
+        q_THC = rope(rms_norm(q_THC, None, self.eps), turns.token)
+        row_TC = rope(self.kv_norm(self.wkv(x_TD)), turns.token)
+        # As it will be read back: a span's own queries see what the spans after it will.
+        row_TC = cache.stored(self.numerics.kv_row(row_TC, self.nope))
+
+        near = step.window_index(self.window, cache.ring_rows)
+        parts = [sparse_attention(q_THC, cache.window(row_TC), near)]
+        if self.ratio:
+            rows = self._compressed(x_TD, step, turns, cache)
+            index_TK = self._chosen(x_TD, latent_TL, step, turns, cache, scores)
+            parts.append(sparse_attention(q_THC, rows, index_TK))
+        cache.keep_window(row_TC)
+
+        o_THC = finish_attention(parts, self.attn_sink, turns.token).to(x_TD.dtype)
+        z_TGO = grouped_linear(o_THC.flatten(1).unflatten(1, (self.groups, -1)), self.wo_a.value)
+        return self.wo_b(z_TGO.flatten(1))  # type: ignore[no-any-return]
+
+    def _compressed(self, x_TD: Tensor, step: Step, turns: Rotations, cache: LayerCache) -> RowSource:
+        emit = step.emit(self.ratio)
+        row_MC = self.compressor(x_TD, emit, turns.emitted, cache, "tail")
+        name = "csa_kv" if self.ratio == CSA_RATIO else "hca_kv"
+        return cache.history(name, self.numerics.kv_row(row_MC, self.nope), emit, self.ratio)
+
+    def _chosen(
+        self,
+        x_TD: Tensor,
+        latent_TL: Tensor,
+        step: Step,
+        turns: Rotations,
+        cache: LayerCache,
+        scores: list[tuple[Tensor, Tensor]],
+    ) -> Tensor:
+        if self.ratio != CSA_RATIO:
+            return step.all_rows(self.ratio)
+        score_TK, index_TK = self.indexer(x_TD, latent_TL, step, turns, cache)
+        scores.append((score_TK, index_TK))
+        return index_TK  # type: ignore[no-any-return]
+
+
+class Gate(nn.Module):
+    """Scores experts; chooses them by token id in hash layers, by score and balancing bias elsewhere."""
+
+    def __init__(self, config: ModelConfig, hashed: bool) -> None:
+        super().__init__()
+        self.chosen, self.scale = config.num_experts_per_tok, config.routed_scaling_factor
+        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size, device="meta"))
+        if hashed:
+            self.register_buffer(
+                "tid2eid", torch.empty(config.vocab_size, self.chosen, dtype=torch.int64, device="meta")
+            )
+        else:
+            self.bias = nn.Parameter(torch.empty(config.n_routed_experts, device="meta"), requires_grad=False)
+        self.choose = self._by_token if hashed else self._by_score
+
+    def _by_token(self, score_TE: Tensor, ids_T: Tensor) -> Tensor:
+        return self.tid2eid[ids_T]  # type: ignore[index,return-value]
+
+    def _by_score(self, score_TE: Tensor, ids_T: Tensor) -> Tensor:
+        return choose_experts(score_TE, self.bias, self.chosen)
+
+    def forward(self, x_TD: Tensor, ids_T: Tensor) -> tuple[Tensor, Tensor]:
+        """(expert [T, K], weight [T, K])."""
+        score_TE = route_scores(x_TD, self.weight)
+        expert_TK = self.choose(score_TE, ids_T)
+        return expert_TK, expert_weights(score_TE, expert_TK, self.scale)
+
+
+class SharedExpert(nn.Module):
+    """The expert every token visits, with weight 1; its gate and up branches are clamped like the others'."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.limit = config.swiglu_limit
+        self.w1 = Linear(config.moe_intermediate_size, config.hidden_size)
+        self.w3 = Linear(config.moe_intermediate_size, config.hidden_size)
+        self.w2 = Linear(config.hidden_size, config.moe_intermediate_size)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return self.w2(clamped_swiglu(self.w1(x_TD), self.w3(x_TD), self.limit))  # type: ignore[no-any-return]
+
+
+class MoE(nn.Module):
+    """Routed experts plus the shared one."""
+
+    def __init__(self, config: ModelConfig, hashed: bool) -> None:
+        super().__init__()
+        self.gate = Gate(config, hashed)
+        self.shared_experts = SharedExpert(config)
+
+    def forward(self, x_TD: Tensor, step: Step, bank: ExpertBank, layer: str) -> Tensor:
+        expert_TK, weight_TK = self.gate(x_TD, step.ids_T)
+        expert_TK = torch.where(step.position_T[:, None] >= 0, expert_TK, -1)  # padding visits nobody
+        routed_TD = bank.run(layer, x_TD, expert_TK, weight_TK)
+        return (routed_TD + self.shared_experts(x_TD)).to(x_TD.dtype)
+
+
+class HyperConnection(nn.Module):
+    """One sub-block's residual mixing: what it reads from the streams, and how it writes back."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        J, D = config.hc_mult, config.hidden_size
+        self.eps, self.hc_eps, self.iters = config.rms_norm_eps, config.hc_eps, config.hc_sinkhorn_iters
+        self.fn = nn.Parameter(torch.empty((2 + J) * J, J * D, device="meta"))
+        self.base = nn.Parameter(torch.empty((2 + J) * J, device="meta"))
+        self.scale = nn.Parameter(torch.empty(3, device="meta"))
+
+    def forward(self, streams_TJD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(input of the sub-block [T, D], post [T, J], comb [T, J, J])."""
+        return hyper_connection_in(streams_TJD, self.fn, self.base, self.scale, self.eps, self.hc_eps, self.iters)  # type: ignore[no-any-return]
+
+
+class HeadCollapse(nn.Module):
+    """The streams' weighted sum before the final norm."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.eps, self.hc_eps = config.rms_norm_eps, config.hc_eps
+        self.fn = nn.Parameter(torch.empty(config.hc_mult, config.hc_mult * config.hidden_size, device="meta"))
+        self.base = nn.Parameter(torch.empty(config.hc_mult, device="meta"))
+        self.scale = nn.Parameter(torch.empty(1, device="meta"))
+
+    def forward(self, streams_TJD: Tensor) -> Tensor:
+        return hyper_connection_head(streams_TJD, self.fn, self.base, self.scale, self.eps, self.hc_eps)  # type: ignore[no-any-return]
+
+
+class Block(nn.Module):
+    """One layer: attention, then experts, each between two halves of a hyper-connection."""
+
+    def __init__(self, config: ModelConfig, name: str, ratio: int, hashed: bool, numerics: Numerics) -> None:
+        super().__init__()
+        self.name, self.ratio = name, ratio
+        self.attn = Attention(config, ratio, numerics)
+        self.ffn = MoE(config, hashed)
+        self.attn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.ffn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.hc_attn, self.hc_ffn = HyperConnection(config), HyperConnection(config)
+
+    def forward(
+        self,
+        streams_TJD: Tensor,
+        step: Step,
+        turns: Rotations,
+        cache: LayerCache,
+        bank: ExpertBank,
+        scores: list[tuple[Tensor, Tensor]],
+    ) -> Tensor:
+        x_TD, post_TJ, comb_TJJ = self.hc_attn(streams_TJD)
+        out_TD = self.attn(self.attn_norm(x_TD), step, turns, cache, scores)
+        streams_TJD = hyper_connection_out(streams_TJD, out_TD, post_TJ, comb_TJJ)
+        x_TD, post_TJ, comb_TJJ = self.hc_ffn(streams_TJD)
+        out_TD = self.ffn(self.ffn_norm(x_TD), step, bank, self.name)
+        return hyper_connection_out(streams_TJD, out_TD, post_TJ, comb_TJJ)  # type: ignore[no-any-return]
+
+
+class Rotary(nn.Module):
+    """Rotation angles: plain base for window-only layers, the compress base with YaRN for all others."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        dim = config.qk_rope_head_dim
+        self.register_buffer("near", frequencies(config.rope_theta, dim, None), persistent=False)
+        self.register_buffer(
+            "far", frequencies(config.compress_rope_theta, dim, config.rope_scaling), persistent=False
+        )
+
+    def forward(self, step: Step, ratios: set[int]) -> dict[int, Rotations]:
+        """What the layers of each ratio need; a row is rotated at its window's first position."""
+        near = rotation(step.position_T, self.near)  # type: ignore[arg-type]
+        far = rotation(step.position_T, self.far) if ratios - {0} else near  # type: ignore[arg-type]
+        return {
+            r: Rotations(far, rotation(step.emit(r).end - (r - 1), self.far)) if r else Rotations(near, None)  # type: ignore[arg-type]
+            for r in ratios
+        }
+
+
+class Trunk(NamedTuple):
+    """What a forward over layers returns."""
+
+    streams: Tensor  # [T, J, D] after the last layer run
+    taps: dict[int, Tensor]  # layer -> streams after it, for the layers asked for
+    scores: list[tuple[Tensor, Tensor]]  # (score, index) of each CSA layer run, in order
+
+
+class DeepseekV4(nn.Module):
+    """The network on the meta device; `model.build` gives it weights."""
+
+    def __init__(self, config: ModelConfig, numerics: Numerics) -> None:
+        super().__init__()
+        self.config, self.numerics = config, numerics
+        self.embed = Weight(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            Block(config, f"layers.{i}", ratio, config.is_hash(i), numerics)
+            for i, ratio in enumerate(config.layer_ratios)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.head = Weight(config.vocab_size, config.hidden_size)
+        self.hc_head = HeadCollapse(config)
+        self.bank = ExpertBank(
+            config.n_routed_experts, config.hidden_size, config.moe_intermediate_size, config.swiglu_limit
+        )
+        self.rotary = Rotary(config)
+
+    def embed_ids(self, ids_T: Tensor) -> Tensor:
+        """Embedding rows [T, D], in float32 or wider."""
+        rows_TD = self.embed.value[ids_T]
+        return rows_TD.to(torch.promote_types(rows_TD.dtype, torch.float32))
+
+    def forward(
+        self,
+        step: Step,
+        streams: Tensor | None = None,
+        layers: Sequence[int] | None = None,
+        taps: Sequence[int] = (),
+        cache: Sequence[LayerCache] | None = None,
+    ) -> Trunk:
+        """Run `layers` (all by default) over a step of ragged spans.
+
+        Args:
+            streams: [T, J, D] to start from (a pipeline stage, a layer-by-layer check); None: embed the ids.
+            taps: layers after which the streams are kept in the result.
+            cache: one view per layer of the network; None: whole sequences from position 0, as in training.
+        """
+        layers = range(len(self.layers)) if layers is None else layers
+        cache = fresh_layers(step, len(self.layers)) if cache is None else cache
+        turns = self.rotary(step, {self.config.layer_ratios[i] for i in layers})
+        if streams is None:
+            streams = self.embed_ids(step.ids_T)[:, None].expand(-1, self.config.hc_mult, -1)
+        kept: dict[int, Tensor] = {}
+        scores: list[tuple[Tensor, Tensor]] = []
+        for i in layers:
+            block = self.layers[i]
+            streams = block(streams, step, turns[block.ratio], cache[i], self.bank, scores)  # type: ignore[index,arg-type]
+            if i in taps:
+                kept[i] = streams
+        return Trunk(streams, kept, scores)
+
+    def logits(self, streams_NJD: Tensor) -> Tensor:
+        """Logits [N, V] of the streams after the last layer, in promote(x, float32)."""
+        return linear(self.norm(self.hc_head(streams_NJD)), self.head.value)  # type: ignore[no-any-return]

@@ -1,0 +1,73 @@
+"""Where routed experts live, and how a token reaches them.
+
+The network calls `ExpertBank.run(layer, x, expert, weight)` and does not know whether the weights are
+resident, in host memory or in a mapped file: only this file may.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from pyrosome.model.numerics import Numerics, unchanged
+from pyrosome.ops.experts import ExpertWeights, routed_experts
+from pyrosome.quant import QuantTensor
+
+
+class ExpertBank(nn.Module):
+    """All routed experts of all layers, resident: one stack [E, ...] per layer and matrix, filled in place at load.
+
+    Filling a stack allocated once keeps the peak of a load at the weights plus one shard.
+    """
+
+    def __init__(self, num_experts: int, hidden: int, intermediate: int, limit: float) -> None:
+        super().__init__()
+        self.num_experts, self.limit = num_experts, limit
+        self.shapes = {"w1": (intermediate, hidden), "w3": (intermediate, hidden), "w2": (hidden, intermediate)}
+        self._stacks: dict[tuple[str, str], Tensor | QuantTensor] = {}
+        self._prepare: dict[str, object] = {}
+
+    def assign(
+        self, layer: str, expert: int, matrix: str, value: Tensor | QuantTensor, numerics: Numerics, *, unpack: bool
+    ) -> None:
+        """Copy one expert's matrix to its place in the stack of its layer."""
+        quantised = isinstance(value, QuantTensor)
+        self._prepare[layer] = numerics.activation if quantised else unchanged
+        if unpack:
+            value = value.dequantize(torch.float32) if isinstance(value, QuantTensor) else value.float()
+        stack = self._stacks.get((layer, matrix))
+        if stack is None:
+            stack = self._stacks[layer, matrix] = _empty_stack(self.num_experts, value)
+            if isinstance(stack, Tensor):
+                self.register_parameter(
+                    _parameter_name(layer, matrix), nn.Parameter(stack, requires_grad=False)
+                )
+        if isinstance(stack, QuantTensor) and isinstance(value, QuantTensor):
+            stack.data[expert].copy_(value.data)
+            stack.scale[expert].copy_(value.scale)
+        elif isinstance(stack, Tensor) and isinstance(value, Tensor):
+            with torch.no_grad():
+                self.get_parameter(_parameter_name(layer, matrix))[expert].copy_(value)
+
+    def weights(self, layer: str) -> ExpertWeights:
+        """The stacks of one layer, as stored."""
+
+        def stack(matrix: str) -> Tensor | QuantTensor:
+            held = self._stacks[layer, matrix]
+            return held if isinstance(held, QuantTensor) else self.get_parameter(_parameter_name(layer, matrix))
+
+        return ExpertWeights(stack("w1"), stack("w3"), stack("w2"), self._prepare[layer])  # type: ignore[arg-type]
+
+    def run(self, layer: str, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor) -> Tensor:
+        """Weighted sum of each token's experts, [T, D] in promote(x, float32)."""
+        return routed_experts(x_TD, self.weights(layer), expert_TK, weight_TK, self.limit)  # type: ignore[no-any-return]
+
+
+def _parameter_name(layer: str, matrix: str) -> str:
+    return f"{layer}.{matrix}".replace(".", "_")
+
+
+def _empty_stack(num: int, like: Tensor | QuantTensor) -> Tensor | QuantTensor:
+    if isinstance(like, QuantTensor):
+        return QuantTensor(like.format, _empty_stack(num, like.data), _empty_stack(num, like.scale))  # type: ignore[arg-type]
+    return torch.empty(num, *like.shape, dtype=like.dtype, device=like.device)

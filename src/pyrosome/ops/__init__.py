@@ -1,0 +1,1 @@
+"""What each operation of the network means: plain-torch definitions, with faster versions beside them."""

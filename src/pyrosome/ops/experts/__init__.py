@@ -1,0 +1,100 @@
+"""Feed-forward experts: one for all tokens (shared), many for the tokens routed to each.
+
+Shape letters: T tokens, K experts per token, N = T K routed pairs, G tiles, M rows per tile,
+E experts, D model dim, I intermediate dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pyrosome.ops.linear import dense
+from pyrosome.ops.seam import Op
+from pyrosome.quant import QuantTensor
+
+# Expert weights copied out of the bank at once, in elements, while gradients are off.
+TILE_ELEMENTS = 1 << 24
+MAX_TILE_ROWS = 256
+
+Prepare = Callable[[Tensor], Tensor]  # what a weight's stored format asks of its input: quantise it, or nothing
+
+
+class ExpertWeights(NamedTuple):
+    """All experts of a layer: w1 (gate) and w3 (up) [E, I, D], w2 (down) [E, D, I], as stored."""
+
+    w1: Tensor | QuantTensor
+    w3: Tensor | QuantTensor
+    w2: Tensor | QuantTensor
+    prepare: Prepare
+
+
+def clamped_swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
+    """silu(min(gate, limit)) x clamp(up, -limit, limit): the gate is clamped from above only (official inference code)."""
+    return F.silu(gate.clamp(max=limit)) * up.clamp(-limit, limit)
+
+
+@Op
+def routed_experts(x_TD: Tensor, bank: ExpertWeights, expert_TK: Tensor, weight_TK: Tensor, limit: float) -> Tensor:
+    """Sum over each token's experts of W2 (weight x swiglu(W1 x, W3 x)), [T, D] in promote(x, float32).
+
+    The weight multiplies before W2, and before its input is quantised (official inference code).
+    Pairs are sorted by expert and laid out in tiles of one expert each, whose number has a static bound:
+    nothing is read back to learn how many tokens an expert got.  `expert_TK` -1 is no expert.
+    """
+    (T, K), D, E = expert_TK.shape, x_TD.shape[1], bank.w1.shape[0]
+    wide = torch.promote_types(x_TD.dtype, torch.float32)
+    M = min(MAX_TILE_ROWS, 1 << max(0, (T * K // E).bit_length() - 3))
+    plan = _tiles(expert_TK, E, M)
+    prepared_TD = bank.prepare(x_TD).to(wide)
+    weight_N = weight_TK.to(wide).flatten()
+    G = plan.expert_G.shape[0]
+    at_once = G if torch.is_grad_enabled() else max(1, TILE_ELEMENTS // (3 * D * bank.w1.shape[1]))
+    outs = []
+    for g in range(0, G, at_once):
+        tile = slice(g, g + at_once)
+        pair_GM, expert_G = plan.pair_GM[tile], plan.expert_G[tile]
+        real_GM1 = (pair_GM >= 0)[..., None]
+        pair_GM = pair_GM.clamp(min=0)
+        x_GMD = prepared_TD[pair_GM // K]
+        gate = torch.bmm(x_GMD, _pick(bank.w1, expert_G, wide).transpose(1, 2))
+        up = torch.bmm(x_GMD, _pick(bank.w3, expert_G, wide).transpose(1, 2))
+        h = clamped_swiglu(gate, up, limit) * weight_N[pair_GM][..., None] * real_GM1
+        outs.append(torch.bmm(bank.prepare(h), _pick(bank.w2, expert_G, wide).transpose(1, 2)).flatten(0, 1))
+    out_RD = torch.cat([*outs, prepared_TD.new_zeros(1, D)])
+    return out_RD[plan.place_TK].sum(1)
+
+
+class _Tiles(NamedTuple):
+    pair_GM: Tensor  # which routed pair (t K + k) each tile row computes, -1 for none
+    expert_G: Tensor  # which expert each tile uses
+    place_TK: Tensor  # tile row that holds each pair; one past the last for a pair without an expert
+
+
+def _tiles(expert_TK: Tensor, num_experts: int, rows: int) -> _Tiles:
+    N, E, M = expert_TK.numel(), num_experts, rows
+    G = N if M == 1 else N // M + E
+    expert_N = expert_TK.flatten()
+    expert_N = torch.where(expert_N < 0, E, expert_N)
+    order_N = torch.argsort(expert_N, stable=True)
+    sorted_N = expert_N[order_N]
+    count_E = torch.zeros(E + 1, dtype=torch.int64, device=expert_N.device).scatter_add(
+        0, expert_N, torch.ones_like(expert_N)
+    )
+    tiles_E = (count_E + M - 1) // M
+    first_row_E = (tiles_E.cumsum(0) - tiles_E) * M
+    rank_N = torch.arange(N, device=expert_N.device) - (count_E.cumsum(0) - count_E)[sorted_N]
+    place_N = torch.where(sorted_N < E, first_row_E[sorted_N] + rank_N, G * M)
+    pair_R = torch.full((G * M + 1,), -1, dtype=torch.int64, device=expert_N.device).scatter(0, place_N, order_N)
+    expert_G = torch.searchsorted(tiles_E[:E].cumsum(0), torch.arange(G, device=expert_N.device), right=True)
+    place_TK = torch.empty_like(place_N).scatter(0, order_N, place_N).view(expert_TK.shape)
+    return _Tiles(pair_R[:-1].view(G, M), expert_G.clamp(max=E - 1), place_TK)
+
+
+def _pick(weight: Tensor | QuantTensor, expert_G: Tensor, dtype: torch.dtype) -> Tensor:
+    picked = weight.index_select(expert_G) if isinstance(weight, QuantTensor) else weight.index_select(0, expert_G)
+    return dense(picked, dtype)

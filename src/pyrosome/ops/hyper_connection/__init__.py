@@ -1,0 +1,68 @@
+"""Manifold-constrained hyper-connections (mHC): residual mixing over parallel streams.
+
+Shape letters: T tokens, J streams (4), D model dim.  Everything is computed in promote(x, float32).
+Source: DeepSeek-V4 report, section on mHC, and the official inference code (orientation, eps).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyrosome.ops.seam import Op
+
+
+@Op
+def hyper_connection_in(
+    streams_TJD: Tensor,
+    fn: Tensor,
+    base: Tensor,
+    scale: Tensor,
+    norm_eps: float,
+    hc_eps: float,
+    sinkhorn_iters: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What a sub-block reads, and how its output goes back.
+
+    Args: fn [(2 + J) J, J D], base [(2 + J) J], scale [3] (for pre, post, comb).
+    Returns: u_TD = sum_j pre_j X_j in the streams' dtype; post_TJ; comb_TJJ, made doubly
+    stochastic by `sinkhorn_iters` normalisations that begin with a row softmax and end on columns.
+    """
+    T, J, D = streams_TJD.shape
+    wide_TJD, mix = _mix(streams_TJD, fn, norm_eps)
+    pre_TJ = torch.sigmoid(mix[:, :J] * scale[0] + base[:J]) + hc_eps
+    post_TJ = 2 * torch.sigmoid(mix[:, J : 2 * J] * scale[1] + base[J : 2 * J])
+    comb_TJJ = (mix[:, 2 * J :] * scale[2] + base[2 * J :]).unflatten(-1, (J, J)).softmax(-1) + hc_eps
+    comb_TJJ = comb_TJJ / (comb_TJJ.sum(1, keepdim=True) + hc_eps)
+    for _ in range(sinkhorn_iters - 1):
+        comb_TJJ = comb_TJJ / (comb_TJJ.sum(2, keepdim=True) + hc_eps)
+        comb_TJJ = comb_TJJ / (comb_TJJ.sum(1, keepdim=True) + hc_eps)
+    return _collapse(pre_TJ, wide_TJD, streams_TJD.dtype), post_TJ, comb_TJJ
+
+
+@Op
+def hyper_connection_out(streams_TJD: Tensor, out_TD: Tensor, post_TJ: Tensor, comb_TJJ: Tensor) -> Tensor:
+    """New streams X'_k = post_k out + sum_j comb_jk X_j.  The sum runs over the *first* index of comb."""
+    wide = post_TJ.dtype
+    mixed_TJD = torch.bmm(comb_TJJ.transpose(1, 2), streams_TJD.to(wide))
+    return torch.addcmul(mixed_TJD, post_TJ[..., None], out_TD.to(wide)[:, None]).to(streams_TJD.dtype)
+
+
+@Op
+def hyper_connection_head(
+    streams_TJD: Tensor, fn: Tensor, base: Tensor, scale: Tensor, norm_eps: float, hc_eps: float
+) -> Tensor:
+    """Collapse the streams before the final norm: no post, no comb, no Sinkhorn.  fn [J, J D] -> y [T, D]."""
+    wide_TJD, mix_TJ = _mix(streams_TJD, fn, norm_eps)
+    return _collapse(torch.sigmoid(mix_TJ * scale + base) + hc_eps, wide_TJD, streams_TJD.dtype)
+
+
+def _mix(streams_TJD: Tensor, fn: Tensor, norm_eps: float) -> tuple[Tensor, Tensor]:
+    """fn applied to all streams at once, divided by one RMS over all J x D values of the token."""
+    wide_TJD = streams_TJD.to(torch.promote_types(streams_TJD.dtype, torch.float32))
+    flat = wide_TJD.flatten(1)
+    return wide_TJD, (flat @ fn.t()) * torch.rsqrt(flat.square().mean(-1, keepdim=True) + norm_eps)
+
+
+def _collapse(weight_TJ: Tensor, wide_TJD: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.bmm(weight_TJ[:, None], wide_TJD)[:, 0].to(dtype)

@@ -1,0 +1,34 @@
+"""Matrix products with a weight as it is stored."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pyrosome.ops.seam import Op
+from pyrosome.quant import QuantTensor
+
+
+def dense(weight: Tensor | QuantTensor, dtype: torch.dtype) -> Tensor:
+    """The weight's exact values in `dtype`; no copy where it is already that."""
+    return weight.dequantize(dtype) if isinstance(weight, QuantTensor) else weight.to(dtype)
+
+
+@Op
+def linear(x: Tensor, weight_NK: Tensor | QuantTensor) -> Tensor:
+    """x [..., K] times the transpose of `weight_NK`, in promote(x, float32), returned in x's dtype."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return F.linear(x.to(wide), dense(weight_NK, wide)).to(x.dtype)
+
+
+@Op
+def grouped_linear(x_TGK: Tensor, weight_NK: Tensor | QuantTensor) -> Tensor:
+    """One product per group: row block g of `weight_NK` [G x O, K] times x_TGK[:, g] -> [T, G, O].
+
+    The grouped output projection's first half; its activations are never quantised (official inference code).
+    """
+    wide = torch.promote_types(x_TGK.dtype, torch.float32)
+    weight_GOK = dense(weight_NK, wide).unflatten(0, (x_TGK.shape[1], -1))
+    out_GTO = torch.bmm(x_TGK.to(wide).transpose(0, 1), weight_GOK.transpose(1, 2))
+    return out_GTO.transpose(0, 1).to(x_TGK.dtype)

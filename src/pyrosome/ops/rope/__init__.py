@@ -1,0 +1,63 @@
+"""Rotary position embedding: interleaved pairs of the last `rope_dim` channels.
+
+Shape letters: T vectors, F frequencies (rope_dim / 2).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from pyrosome.config import YarnScaling
+from pyrosome.ops.seam import Op
+
+
+def frequencies(base: float, rope_dim: int, yarn: YarnScaling | None) -> Tensor:
+    """Angle per position, float32 [rope_dim / 2], in radians.
+
+    With YaRN, dims that turn fewer than `beta_slow` times within the original context are slowed by
+    `factor`, those that turn more than `beta_fast` times are kept, and a linear ramp lies between.
+    No attention factor: neither cos and sin nor the softmax scale change (official inference code).
+    """
+    f = 1.0 / (base ** (torch.arange(0, rope_dim, 2, dtype=torch.float32) / rope_dim))
+    if yarn is None:
+        return f
+
+    def dim_of(turns: float) -> float:
+        return rope_dim * math.log(yarn.original_max_position_embeddings / (turns * 2 * math.pi)) / (2 * math.log(base))
+
+    low = max(math.floor(dim_of(yarn.beta_fast)), 0)
+    high = min(math.ceil(dim_of(yarn.beta_slow)), rope_dim - 1)
+    span = high - low if high != low else 0.001
+    ramp = ((torch.arange(rope_dim // 2, dtype=torch.float32) - low) / span).clamp(0, 1)
+    keep = 1 - ramp
+    return f / yarn.factor * (1 - keep) + f * keep
+
+
+def rotation(position_T: Tensor, frequency_F: Tensor) -> Tensor:
+    """Cosines and sines [T, F, 2] of position x frequency, in promote(frequency, float32).
+
+    The angle is a float32 product on purpose: near a million tokens it is off by about 0.01 rad, and
+    the weights were trained and served with exactly that (official inference code).
+    """
+    angle_TF = position_T.clamp(min=0).to(frequency_F.dtype)[:, None] * frequency_F
+    return torch.stack([angle_TF.cos(), angle_TF.sin()], dim=-1)
+
+
+@Op
+def rope(x: Tensor, rotation_TF2: Tensor, inverse: bool = False) -> Tensor:
+    """Rotate the last 2 F channels of x [T, C] or [T, H, C] by its token's angles; `inverse` turns back.
+
+    Channels (2i, 2i + 1) form one complex number (official inference code: not rotate-half).
+    """
+    F2 = 2 * rotation_TF2.shape[1]
+    c, s = rotation_TF2.unbind(-1)
+    if x.dim() == 3:
+        c, s = c[:, None], s[:, None]
+    if inverse:
+        s = -s
+    even, odd = x[..., -F2:].to(c.dtype).unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack([even * c - odd * s, even * s + odd * c], dim=-1).flatten(-2)
+    return torch.cat([x[..., :-F2], turned.to(x.dtype)], dim=-1)

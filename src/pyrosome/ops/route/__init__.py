@@ -1,0 +1,36 @@
+"""Which experts get a token, and with what weight.
+
+Shape letters: T tokens, E routed experts, K experts per token.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pyrosome.ops.index_topk import rank_key
+from pyrosome.ops.seam import Op
+
+
+@Op
+def route_scores(x_TD: Tensor, gate_ED: Tensor) -> Tensor:
+    """Affinities s = sqrt(softplus(W_g x)), [T, E] in promote(x, float32) (DeepSeek-V4 report, MoE)."""
+    wide = torch.promote_types(x_TD.dtype, torch.float32)
+    return F.softplus(F.linear(x_TD.to(wide), gate_ED.to(wide))).sqrt()
+
+
+def choose_experts(score_TE: Tensor, bias_E: Tensor, num_chosen: int) -> Tensor:
+    """The `num_chosen` experts of highest score + bias, int64 [T, K] in ascending order; ties to the lowest id.
+
+    The bias balances load and is used for selection only.
+    """
+    rank_TE = rank_key(score_TE.detach() + bias_E, torch.arange(score_TE.shape[1], device=score_TE.device))
+    best_TK = rank_TE.topk(num_chosen, dim=1, sorted=False).values
+    return ((1 << 31) - 1 - (best_TK & ((1 << 31) - 1))).sort(dim=1).values
+
+
+def expert_weights(score_TE: Tensor, expert_TK: Tensor, scale: float) -> Tensor:
+    """Weights [T, K]: the chosen experts' unbiased scores, normalised to sum to `scale`."""
+    chosen_TK = score_TE.gather(1, expert_TK)
+    return chosen_TK / chosen_TK.sum(1, keepdim=True) * scale

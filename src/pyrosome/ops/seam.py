@@ -1,0 +1,136 @@
+"""The one place where an operation chooses how to run.
+
+An op is written once, in plain torch, as the definition of what it means.
+Faster versions register beside it and say when they apply.  The choice is made
+once per (device, weight or cache format, gradients on), remembered, and the
+reasons for every version that was passed over are kept for `pyrosome doctor`.
+A version that is asked for by name and cannot run is an error, never a silent
+definition.
+
+    PYROSOME_OPS=torch             run every op by its definition
+    PYROSOME_OPS=compress:torch    run one op by its definition
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import os
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+log = logging.getLogger(__name__)
+OPS: dict[str, Op] = {}
+
+
+class Place(NamedTuple):
+    """What the choice of a kernel depends on: everything else is an argument."""
+
+    device: str
+    capability: tuple[int, int]  # (0, 0) on CPU
+    format: str  # of the weight or cache the op reads; "" for plain tensors
+    grad: bool
+
+
+class Kernel(NamedTuple):
+    name: str
+    when: Callable[[Place], str]  # "" where it applies, else the reason why not
+    load: Callable[[], Callable[..., Any]]
+    has_backward: bool
+
+
+class Op:
+    """A definition, the kernels beside it, and the choice made for each place.
+
+    The place is read off the first argument; an op that reads a stored weight or
+    cache takes it as its second, whose `format` then counts.
+    """
+
+    def __init__(self, definition: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, definition)
+        self.name, self.definition = definition.__name__, definition
+        self.kernels: list[Kernel] = []
+        self.choice = _choice_from_env(self.name)
+        self.passed_over: dict[Place, list[str]] = {}
+        self._picked: dict[Place, Callable[..., Any]] = {}
+        OPS[self.name] = self
+
+    def kernel(self, name: str, when: Callable[[Place], str], *, has_backward: bool = False) -> Callable[..., Any]:
+        """Register a loader.  It runs once, on first use; failing to load is a recorded reason."""
+
+        def register(load: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
+            self.kernels.append(Kernel(name, when, load, has_backward))
+            self._picked.clear()
+            return load
+
+        return register
+
+    def pick(self, place: Place) -> Callable[..., Any]:
+        """The callable for `place`.
+
+        Raises:
+            RuntimeError: a kernel was asked for by name and cannot run there.
+        """
+        reasons = self.passed_over[place] = []
+        for k in self.kernels if self.choice != "torch" else ():
+            if self.choice not in ("auto", k.name):
+                reasons.append(f"{k.name}: not asked for")
+            elif place.grad and not k.has_backward:
+                reasons.append(f"{k.name}: no backward")
+            elif why_not := k.when(place):
+                reasons.append(f"{k.name}: {why_not}")
+            else:
+                try:
+                    return k.load()
+                except (ImportError, OSError) as error:
+                    log.warning("%s: the %s kernel did not load: %s", self.name, k.name, error)
+                    reasons.append(f"{k.name}: {error}")
+        if self.choice not in ("auto", "torch"):
+            raise RuntimeError(f"{self.name}: {self.choice!r} was asked for and cannot run at {place}: {reasons}")
+        return self.definition
+
+    def chosen(self, *args: Any) -> str:
+        """Name of what a call with these arguments runs: tests and `doctor` assert on it."""
+        run = self.pick(place_of(*args[:2]))
+        return "torch" if run is self.definition else run.__module__.rpartition(".")[2]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        place = place_of(*args[:2])
+        run = self._picked.get(place) or self._picked.setdefault(place, self.pick(place))
+        return run(*args, **kwargs)
+
+
+@functools.cache
+def _capability(device: str, index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index) if device == "cuda" else (0, 0)
+
+
+def place_of(x: Any, stored: Any = None) -> Place:
+    """Where a call with first arguments `x` and `stored` runs."""
+    device = x.device
+    return Place(
+        device.type,
+        _capability(device.type, device.index or 0),
+        getattr(stored, "format", ""),
+        torch.is_grad_enabled(),
+    )
+
+
+@contextlib.contextmanager
+def use(op: Op, choice: str) -> Iterator[None]:
+    """Force one implementation inside a block: `with use(compress, "torch"): ...`."""
+    before, op.choice = op.choice, choice
+    op._picked.clear()
+    try:
+        yield
+    finally:
+        op.choice = before
+        op._picked.clear()
+
+
+def _choice_from_env(name: str) -> str:
+    spec = dict(p.split(":") if ":" in p else ("*", p) for p in os.environ.get("PYROSOME_OPS", "auto").split(","))
+    return spec.get(name, spec.get("*", "auto"))
