@@ -19,8 +19,7 @@ from pyrosome.config import ModelConfig
 from pyrosome.engine.generate import Request, TokenEvent, generate
 from pyrosome.engine.runner import Runner, check_ids
 from pyrosome.errors import ContextTooLong, RequestError
-from pyrosome.model.build import build
-from pyrosome.model.deepseek_v4 import DeepseekV4
+from pyrosome.model.build import Network, build
 from pyrosome.model.numerics import numerics_named
 from pyrosome.options import SamplingParams
 
@@ -29,7 +28,7 @@ from pyrosome.options import SamplingParams
 class LoadedModel:
     """A network with its weights, and the row format its caches are opened in."""
 
-    network: DeepseekV4
+    network: Network
     config: ModelConfig
     numerics: str
     kv_format: str
@@ -236,8 +235,10 @@ class LLM:
             max(1, min(len(requests), self.max_sequences)), min(context, config.max_position_embeddings)
         )
         stopped: set[int] = set()
-        options = {"eos_id": config.eos_token_id, "step_tokens": self.step_tokens, "stopped": stopped}
-        for event in generate(runner, requests, **options):
+        events = generate(
+            runner, requests, eos_id=config.eos_token_id, step_tokens=self.step_tokens, stopped=stopped
+        )
+        for event in events:
             if texts[event.request].feed(event):  # a stop string: end this request, and only it
                 event = dataclasses.replace(event, finish_reason="stop")
                 stopped.add(event.request)

@@ -70,7 +70,8 @@ def test_trained_end_to_end_agrees_as_far_as_two_runs_of_the_reference_do():
     assert (ours.argmax(-1) == theirs.argmax(-1)).float().mean() >= 0.85
     assert (ours - theirs).abs().median() <= 0.3
     # and it is not the exact arithmetic in disguise
-    assert (ours - v["logits_exact"][0][v["positions_sel"]]).abs().median() > 0.3
+    exact = v["logits_exact"][0][v["positions_sel"]]
+    assert (ours - theirs).abs().median() < 0.2 * (theirs - exact).abs().median()
 
 
 def test_trained_on_unquantised_weights_keeps_the_kv_and_index_roundings():

@@ -21,12 +21,16 @@ from pyrosome.quant.rows import RowFormat
 class StepLike(Protocol):
     """The part of a step that addressing needs."""
 
-    span_T: Tensor
-    slot_B: Tensor
-    stop_B: Tensor
-    context: int
-    layout: tuple[tuple[int, int], ...]
-
+    @property
+    def span_T(self) -> Tensor: ...
+    @property
+    def slot_B(self) -> Tensor: ...
+    @property
+    def stop_B(self) -> Tensor: ...
+    @property
+    def context(self) -> int: ...
+    @property
+    def layout(self) -> tuple[tuple[int, int], ...]: ...
     def ring_place(self, ring_rows: int) -> tuple[Tensor, Tensor]: ...
 
 

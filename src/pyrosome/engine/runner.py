@@ -13,8 +13,8 @@ from torch import Tensor
 
 from pyrosome.cache.pool import CachePool
 from pyrosome.errors import RequestError
-from pyrosome.model.deepseek_v4 import DeepseekV4
-from pyrosome.model.mtp import MTPStage, keep_streams, streams_at
+from pyrosome.model.build import Network
+from pyrosome.model.mtp import keep_streams, streams_at
 from pyrosome.model.step import Span, Step
 
 
@@ -34,7 +34,7 @@ class Runner:
     """
 
     def __init__(
-        self, model: DeepseekV4, kv_format: str, max_sequences: int, max_context: int, *, num_drafts: int = 0
+        self, model: Network, kv_format: str, max_sequences: int, max_context: int, *, num_drafts: int = 0
     ) -> None:
         self.model = model
         self.device = model.embed.device
@@ -92,9 +92,8 @@ class Runner:
         logits = torch.empty(0, self.model.config.vocab_size, device=self.device)
         if known:
             draft_step = Step.of([Span(sequence.slot, first, known)], self.device)
-            stage: MTPStage = self.model.mtp[0]  # type: ignore[assignment]
             hidden = streams_at(draft_step, step, streams, ring)
-            logits, _ = stage.draft(self.model, draft_step, hidden, self.pool.draft_layer(draft_step))
+            logits, _ = self.model.draft_stage.draft(self.model, draft_step, hidden, self.pool.draft_layer(draft_step))
         keep_streams(step, streams, ring)
         self._commit(spans)
         return logits

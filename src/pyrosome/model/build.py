@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pyrosome.checkpoint.index import CheckpointIndex
 from pyrosome.checkpoint.load import read_tensors
+from pyrosome.config import ModelConfig
 from pyrosome.model.deepseek_v4 import DeepseekV4
 from pyrosome.model.layers import Weight
 from pyrosome.model.mtp import MTPStage
@@ -24,11 +25,19 @@ _EXPERT = re.compile(r"(.+)\.ffn\.experts\.(\d+)\.(w[123])\.weight")
 _HYPER_CONNECTION = re.compile(r"hc_(attn|ffn|head)_(fn|base|scale)$")
 
 
-def skeleton(index: CheckpointIndex, numerics: Numerics, *, drafts: bool) -> DeepseekV4:
-    """The network without weights; with its MTP stage where `drafts` are wanted."""
-    model = DeepseekV4(index.config, numerics)
-    model.mtp = nn.ModuleList([MTPStage(index.config, 0, numerics)] if drafts else [])
-    return model
+class Network(DeepseekV4):
+    """The trunk with the draft stages that stand beside it."""
+
+    def __init__(self, config: ModelConfig, numerics: Numerics, *, drafts: bool) -> None:
+        super().__init__(config, numerics)
+        self.mtp = nn.ModuleList([MTPStage(config, 0, numerics)] if drafts else [])
+
+    @property
+    def draft_stage(self) -> MTPStage:
+        """The MTP stage; a network without one has none to give."""
+        stage = self.mtp[0]
+        assert isinstance(stage, MTPStage)
+        return stage
 
 
 def build(
@@ -38,7 +47,7 @@ def build(
     device: torch.device | str = "cpu",
     unpack: bool | None = None,
     progress: Progress | None = None,
-) -> DeepseekV4:
+) -> Network:
     """Check a checkpoint and load it, shard by shard.
 
     Args:
@@ -53,10 +62,11 @@ def build(
     if unpack is None:
         unpack = 4 * index.num_weights <= UNPACK_BYTES
     drafts = index.has_drafts and index.config.dspark is None
-    model = skeleton(index, numerics, drafts=drafts)
+    model = Network(index.config, numerics, drafts=drafts)
     names = None if drafts else [n for n in index.tensors if not n.startswith("mtp.")]
     fill(model, read_tensors(index, names, progress), device=device, unpack=unpack)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def fill(

@@ -16,11 +16,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import os
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
+
+from pyrosome import env
 
 log = logging.getLogger(__name__)
 OPS: dict[str, Op] = {}
@@ -132,5 +133,5 @@ def use(op: Op, choice: str) -> Iterator[None]:
 
 
 def _choice_from_env(name: str) -> str:
-    spec = dict(p.split(":") if ":" in p else ("*", p) for p in os.environ.get("PYROSOME_OPS", "auto").split(","))
+    spec = dict(p.split(":") if ":" in p else ("*", p) for p in env.OPS.get().split(","))
     return spec.get(name, spec.get("*", "auto"))

@@ -1,103 +1,139 @@
 """Quantisation points between ops: what the weights were trained to expect.
 
 A simulated rounding quantises and comes straight back; its gradient passes straight through.
-Shape letters: K channels.
+Everything is computed in float32 (a float64 input is rounded to it first): that is what a kernel sees.
+Shape letters: K channels, G groups of channels.
 """
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyrosome.errors import RequestError
+from pyrosome.errors import UnsupportedFormat
+from pyrosome.quant.codes import FP4_MAX, FP8_MAX, e4m3_values, round_e2m1
 from pyrosome.quant.e8m0 import ceil_pow2
-from pyrosome.quant.formats import FP4_MAX, FP8_MAX, FP4_VALUES, e2m1_codes
 
-FP8_FLOOR = 1e-4  # smallest largest-magnitude a group is scaled by (official inference code)
+FP8_FLOOR = 1e-4  # a group is scaled as if its largest magnitude were at least this (official inference code)
 FP4_FLOOR = FP4_MAX * 2.0**-126
 
 
 def quantize_activation(x: Tensor, group: int = 128) -> tuple[Tensor, Tensor]:
-    """(e4m3 [..., K], E8M0 scales [..., ceil(K / group)]) of x [..., K], one power-of-two scale per group."""
-    codes, _, byte = _fp8(x.float(), group)
-    return codes, byte.view(torch.float8_e8m0fnu)
+    """(e4m3 codes [..., K], E8M0 scales [..., ceil(K / group)]) of x [..., K].
+
+    A group's scale is 2^ceil(log2(amax / 448)) with amax at least 1e-4 (DeepSeek-V4 report; official inference code).
+    A group with an infinity or a NaN has a NaN scale.
+    """
+    codes, _, byte = fp8_groups(x, group)
+    return codes.flatten(-2)[..., : x.shape[-1]], byte.view(torch.float8_e8m0fnu)
 
 
-def _fp8(x: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(e4m3 codes [..., K], float32 scales [..., G, 1], E8M0 bytes [..., G])."""
+def simulate_fp8(x: Tensor, group: int) -> Tensor:
+    """x [..., K] rounded to e4m3 with a power-of-two scale per `group` channels, in x's dtype."""
+
+    def round_trip(x: Tensor) -> Tensor:
+        codes, scale, _ = fp8_groups(x, group)
+        values = e4m3_values(codes, torch.float32).mul_(scale)
+        return values.flatten(-2)[..., : x.shape[-1]].to(x.dtype)
+
+    return straight_through(x, round_trip)
+
+
+def simulate_fp4(x: Tensor, group: int = 32) -> Tensor:
+    """x [..., K] rounded to e2m1 with a power-of-two scale per `group` channels, in x's dtype.
+
+    A group's scale is 2^ceil(log2(amax / 6)) with amax at least 6 x 2^-126 (official inference code).
+    """
+
+    def round_trip(x: Tensor) -> Tensor:
+        scaled, scale, _ = fp4_groups(x, group)
+        return round_e2m1(scaled).mul_(scale).flatten(-2)[..., : x.shape[-1]].to(x.dtype)
+
+    return straight_through(x, round_trip)
+
+
+def hadamard(x: Tensor) -> Tensor:
+    """x [..., K] times the normalised Walsh-Hadamard matrix in Sylvester order, in x's dtype.
+
+    Raises:
+        UnsupportedFormat: K is not a power of two.
+    """
+    dim = x.shape[-1]
+    if dim < 1 or dim & (dim - 1):
+        raise UnsupportedFormat(
+            f"a Hadamard rotation of {dim} channels was asked for; it exists here for powers of two only: "
+            "check index_head_dim in config.json"
+        )
+    result: Tensor = _Hadamard.apply(x)  # type: ignore[no-untyped-call]
+    return result
+
+
+def straight_through(x: Tensor, round_trip: Callable[[Tensor], Tensor]) -> Tensor:
+    """`round_trip` of x, with the gradient of x itself."""
+    if not (x.requires_grad and torch.is_grad_enabled()):
+        return round_trip(x)
+    result: Tensor = _StraightThrough.apply(x, round_trip)  # type: ignore[no-untyped-call]
+    return result
+
+
+def fp8_groups(x: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(e4m3 codes [..., G, group], float32 scales [..., G, 1], E8M0 bytes [..., G]) of x [..., K], zeros past K."""
     grouped = _groups(x, group)
-    amax = grouped.abs().amax(-1, keepdim=True).clamp(min=FP8_FLOOR)
-    scale, byte = ceil_pow2(amax / FP8_MAX)
-    codes = (grouped / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
-    return codes.flatten(-2)[..., : x.shape[-1]], scale, byte[..., 0]
+    scale, byte = ceil_pow2(grouped.abs().amax(-1, keepdim=True).clamp_(min=FP8_FLOOR).div_(FP8_MAX))
+    # No clamp to 448: a scale is never below amax / 448, so no quotient is above.
+    return (grouped / scale).to(torch.float8_e4m3fn), scale, byte[..., 0]
+
+
+def fp4_groups(x: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(x / scale [..., G, group], float32 scales [..., G, 1], E8M0 bytes [..., G]) of x [..., K], zeros past K.
+
+    Magnitudes of the first are at most 6.
+    """
+    grouped = _groups(x, group)
+    scale, byte = ceil_pow2(grouped.abs().amax(-1, keepdim=True).clamp_(min=FP4_FLOOR).div_(FP4_MAX))
+    return grouped / scale, scale, byte[..., 0]
 
 
 def _groups(x: Tensor, group: int) -> Tensor:
     short = -x.shape[-1] % group
-    return (F.pad(x, (0, short)) if short else x).unflatten(-1, (-1, group))
+    x = x.detach().float()
+    x = F.pad(x, (0, short)) if short else x
+    return x.reshape(*x.shape[:-1], x.shape[-1] // group, group)
 
 
 class _StraightThrough(torch.autograd.Function):
     """Forward: `round_trip` of x.  Backward: the gradient as it came."""
 
     @staticmethod
-    def forward(ctx, x, round_trip):  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, x: Tensor, round_trip: Callable[[Tensor], Tensor]) -> Tensor:
         return round_trip(x)
 
     @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        return grad, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
 
 
-def simulate_fp8(x: Tensor, group: int) -> Tensor:
-    """x [..., K] rounded to e4m3 with a power-of-two scale per `group` channels, in x's dtype."""
-    return _StraightThrough.apply(x, functools.partial(_fp8_round_trip, group=group))  # type: ignore[no-any-return,no-untyped-call]
+class _Hadamard(torch.autograd.Function):
+    """The transform is symmetric: its gradient is the transform of the gradient."""
 
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        # Butterflies, not a matrix product: one fixed order of additions whatever the number of rows, which a
+        # library's product does not promise.  Each pass adds and subtracts neighbours and parts the results.
+        dim, half = x.shape[-1], x.shape[-1] // 2
+        y_RK = x.reshape(x.numel() // dim, dim)
+        spare = [torch.empty_like(y_RK), torch.empty_like(y_RK)]
+        for i in range(dim.bit_length() - 1):
+            out_RK = spare[i % 2]
+            torch.add(y_RK[:, 0::2], y_RK[:, 1::2], out=out_RK[:, :half])
+            torch.sub(y_RK[:, 0::2], y_RK[:, 1::2], out=out_RK[:, half:])
+            y_RK = out_RK
+        return y_RK.mul(dim**-0.5).view(x.shape)
 
-def _fp8_round_trip(x: Tensor, group: int) -> Tensor:
-    codes, scale, _ = _fp8(x.float(), group)
-    values = _groups(codes.float(), group) * scale
-    return values.flatten(-2)[..., : x.shape[-1]].to(x.dtype)
-
-
-def fp4_groups(x: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(x / scale [..., G, group], float32 scales [..., G, 1], E8M0 bytes [..., G]) for e2m1 codes."""
-    grouped = _groups(x.float(), group)
-    amax = grouped.abs().amax(-1, keepdim=True).clamp(min=FP4_FLOOR)
-    scale, byte = ceil_pow2(amax / FP4_MAX)
-    return grouped / scale, scale, byte[..., 0]
-
-
-def simulate_fp4(x: Tensor, group: int = 32) -> Tensor:
-    """x [..., K] rounded to e2m1 with a power-of-two scale per `group` channels, in x's dtype."""
-    return _StraightThrough.apply(x, functools.partial(_fp4_round_trip, group=group))  # type: ignore[no-any-return,no-untyped-call]
-
-
-def _fp4_round_trip(x: Tensor, group: int) -> Tensor:
-    scaled, scale, _ = fp4_groups(x, group)
-    table = torch.tensor([*FP4_VALUES, *(-v for v in FP4_VALUES)], device=x.device)
-    values = table[e2m1_codes(scaled).int()] * scale
-    return values.flatten(-2)[..., : x.shape[-1]].to(x.dtype)
-
-
-@functools.cache
-def _hadamard_matrix(dim: int, dtype: torch.dtype, device: str) -> Tensor:
-    matrix = torch.ones(1, 1, dtype=torch.float64)
-    while matrix.shape[0] < dim:
-        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-    return (matrix * dim**-0.5).to(dtype).to(device)
-
-
-def hadamard(x: Tensor) -> Tensor:
-    """x [..., K] times the normalised Walsh-Hadamard matrix in Sylvester order; K must be a power of two.
-
-    Raises:
-        RequestError: K is not a power of two.
-    """
-    dim = x.shape[-1]
-    if dim & (dim - 1):
-        raise RequestError(f"a Hadamard rotation of {dim} channels was asked for; it needs a power of two")
-    return x @ _hadamard_matrix(dim, x.dtype, str(x.device))
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return hadamard(grads[0])

@@ -2,22 +2,23 @@
 
 A format is decided for each tensor from what is there (dtype, scale, shapes), never from a configuration's
 say-so.  New formats register; the network does not change.
-Shape letters: N output rows, K inputs.
+Shape letters: N output rows, K inputs, R rows and C columns of a block.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from pyrosome.errors import UnsupportedFormat
+from pyrosome.errors import UnsupportedFormat, WrongShape
+from pyrosome.quant.codes import FP4_MAX, FP8_MAX, e2m1_values, e4m3_values, pack_e2m1
 from pyrosome.quant.e8m0 import ceil_pow2, e8m0_to_float
 
-FP8_MAX, FP4_MAX = 448.0, 6.0
-FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 DTYPES = {  # safetensors' names
     "F64": torch.float64,
     "F32": torch.float32,
@@ -30,25 +31,35 @@ DTYPES = {  # safetensors' names
     "I8": torch.int8,
     "U8": torch.uint8,
 }
+_LEAST_SCALE = 2.0**-126  # of a block of zeros
+
+Shape = tuple[int, ...]
 
 
 class Format(Protocol):
     """One way of storing a matrix [..., N, K] as data and scale."""
 
-    name: str
-    block: tuple[int, int]  # rows and inputs that share a scale
+    @property
+    def name(self) -> str:
+        """What the format is called in `FORMATS`, messages and plans."""
+        ...
+
+    @property
+    def block(self) -> tuple[int, int]:
+        """Rows and inputs that share a scale."""
+        ...
 
     def detect(
-        self, data_dtype: torch.dtype, scale_dtype: torch.dtype, data_shape: tuple[int, ...], scale_shape: tuple[int, ...]
+        self, data_dtype: torch.dtype, scale_dtype: torch.dtype, data_shape: Shape, scale_shape: Shape
     ) -> bool:
         """Whether such a pair is in this format."""
         ...
 
-    def logical_shape(self, data_shape: tuple[int, ...]) -> tuple[int, ...]:
+    def logical_shape(self, data_shape: Shape) -> Shape:
         """[..., N, K] of stored data."""
         ...
 
-    def scale_shape(self, logical_shape: tuple[int, ...]) -> tuple[int, ...]:
+    def scale_shape(self, logical_shape: Shape) -> Shape:
         """Shape of the scale of a matrix [..., N, K]."""
         ...
 
@@ -57,48 +68,8 @@ class Format(Protocol):
         ...
 
     def quantize(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """(data, scale) nearest to `weight` [..., N, K], rounding to even."""
+        """(data, scale) nearest to `weight` [..., N, K], ties to even."""
         ...
-
-
-@dataclasses.dataclass(frozen=True)
-class QuantTensor:
-    """A stored matrix: data and scale exactly as in the file, leading dims for stacks."""
-
-    format: str
-    data: Tensor
-    scale: Tensor
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Logical shape [..., N, K]."""
-        return FORMATS[self.format].logical_shape(tuple(self.data.shape))
-
-    @property
-    def device(self) -> torch.device:
-        return self.data.device
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of data and scale together."""
-        return self.data.nbytes + self.scale.nbytes
-
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Exact values [..., N, K] in `dtype`."""
-        return FORMATS[self.format].dequantize(self.data, self.scale, dtype)
-
-    def index_select(self, index: Tensor) -> QuantTensor:
-        """The stacked matrices `index` along dim 0, still as stored."""
-        # Eight-bit floats have no gather of their own on every device: their bytes do.
-        return QuantTensor(self.format, _take(self.data, index), _take(self.scale, index))
-
-    def to(self, device: torch.device | str) -> QuantTensor:
-        """The same bytes on `device`."""
-        return QuantTensor(self.format, self.data.to(device), self.scale.to(device))
-
-
-def _take(x: Tensor, index: Tensor) -> Tensor:
-    return x.view(torch.uint8).index_select(0, index).view(x.dtype)
 
 
 FORMATS: dict[str, Format] = {}
@@ -116,23 +87,82 @@ def register_format(new: Format) -> Format:
     return new
 
 
-def format_of(data: Tensor, scale: Tensor | None) -> Format | None:
-    """The format of a stored pair; None for plain floating-point data without a scale.
+def format_of(data: Tensor, scale: Tensor | None) -> Format:
+    """The format of a stored pair.
 
     Raises:
-        UnsupportedFormat: no registered format stores such a pair.
+        UnsupportedFormat: no registered format stores such a pair, or there is no scale.
     """
     if scale is None:
-        if data.dtype in (torch.float32, torch.bfloat16, torch.float64, torch.float16, torch.int64, torch.int32):
-            return None
-        raise UnsupportedFormat(f"data of dtype {data.dtype} has no scale; it cannot be read without one")
-    for f in FORMATS.values():
-        if f.detect(data.dtype, scale.dtype, tuple(data.shape), tuple(scale.shape)):
-            return f
+        raise UnsupportedFormat(
+            f"the weight format of data {data.dtype} {tuple(data.shape)} was asked for and it has no scale; "
+            "float data is used as it is, anything else needs its .scale"
+        )
+    for known in FORMATS.values():
+        if known.detect(data.dtype, scale.dtype, tuple(data.shape), tuple(scale.shape)):
+            return known
     raise UnsupportedFormat(
         f"data {data.dtype} {tuple(data.shape)} with scale {scale.dtype} {tuple(scale.shape)} is in none of the known "
         f"weight formats ({', '.join(FORMATS)}); convert the checkpoint, or register a format for it"
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantTensor:
+    """A stored matrix: data and scale exactly as in the file, leading dims for stacks.
+
+    Raises:
+        UnsupportedFormat: no format of that name is registered.
+        WrongShape: the scale is not the one such data has.
+    """
+
+    format: str
+    data: Tensor
+    scale: Tensor
+
+    def __post_init__(self) -> None:
+        if self.format not in FORMATS:
+            raise UnsupportedFormat(f"weight format {self.format!r} is unknown; registered are {', '.join(FORMATS)}")
+        expected, found = FORMATS[self.format].scale_shape(self.shape), tuple(self.scale.shape)
+        if found != expected:
+            raise WrongShape(
+                f"a scale of shape {found} was given for {self.format} data {tuple(self.data.shape)}, "
+                f"whose scale has shape {expected}"
+            )
+
+    @property
+    def shape(self) -> Shape:
+        """Logical shape [..., N, K]."""
+        return FORMATS[self.format].logical_shape(tuple(self.data.shape))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the bytes are."""
+        return self.data.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of data and scale together."""
+        return self.data.nbytes + self.scale.nbytes
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Exact values [..., N, K], rounded only where `dtype` cannot hold them; NaN under a NaN scale."""
+        return FORMATS[self.format].dequantize(self.data, self.scale, dtype)
+
+    def index_select(self, index: Tensor) -> QuantTensor:
+        """The stacked matrices `index` (integers [M]) along dim 0, still as stored."""
+        return QuantTensor(self.format, _take(self.data, index), _take(self.scale, index))
+
+    def to(self, device: torch.device | str) -> QuantTensor:
+        """The same bytes on `device`."""
+        return QuantTensor(self.format, self.data.to(device), self.scale.to(device))
+
+
+def _take(x: Tensor, index: Tensor) -> Tensor:
+    if x.dtype.itemsize > 1:
+        return x.index_select(0, index)
+    # Eight-bit floats have no gather of their own on every device: their bytes do.
+    return x.view(torch.uint8).index_select(0, index).view(x.dtype)
 
 
 class _Blocks:
@@ -140,11 +170,11 @@ class _Blocks:
 
     name: str
     block: tuple[int, int]
-    packed: int  # values per stored element along K
     data_dtype: torch.dtype
+    values_per_element: int  # along K
 
     def detect(
-        self, data_dtype: torch.dtype, scale_dtype: torch.dtype, data_shape: tuple[int, ...], scale_shape: tuple[int, ...]
+        self, data_dtype: torch.dtype, scale_dtype: torch.dtype, data_shape: Shape, scale_shape: Shape
     ) -> bool:
         return (
             data_dtype == self.data_dtype
@@ -153,121 +183,109 @@ class _Blocks:
             and scale_shape == self.scale_shape(self.logical_shape(data_shape))
         )
 
-    def logical_shape(self, data_shape: tuple[int, ...]) -> tuple[int, ...]:
-        return (*data_shape[:-1], data_shape[-1] * self.packed)
+    def logical_shape(self, data_shape: Shape) -> Shape:
+        return (*data_shape[:-1], data_shape[-1] * self.values_per_element)
 
-    def scale_shape(self, logical_shape: tuple[int, ...]) -> tuple[int, ...]:
-        *lead, n, k = logical_shape
-        return (*lead, -(-n // self.block[0]), -(-k // self.block[1]))
+    def scale_shape(self, logical_shape: Shape) -> Shape:
+        *lead, N, K = logical_shape
+        return (*lead, -(-N // self.block[0]), -(-K // self.block[1]))
 
-    def _spread(self, scale: Tensor, n: int, k: int, dtype: torch.dtype) -> Tensor:
-        """The scale of every value, [..., N, K] (rows of a block may stay a broadcast dim of 1)."""
-        rows, columns = self.block
-        wide = e8m0_to_float(scale).to(dtype)
-        if rows > 1:
-            wide = wide.repeat_interleave(rows, -2)[..., :n, :]
-        return wide.repeat_interleave(columns, -1)[..., :k]
+    def _times_scale(self, values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        """Fresh `values` [..., N, K] times their blocks' scales, in place where it can be, as `dtype`."""
+        factor = e8m0_to_float(scale).to(values.dtype)
+        (*lead, N, K), (R, C) = values.shape, self.block
+        if N % R or K % C:
+            values.mul_(_spread(factor, self.block, N, K))
+        else:
+            values.view(*lead, N // R, R, K // C, C).mul_(factor[..., :, None, :, None])
+        return values.to(dtype)
 
-    def _block_scales(self, weight: Tensor, largest: float, floor: float) -> tuple[Tensor, Tensor]:
-        """(scale spread over [..., N, K], bytes [..., n, k]) from each block's largest magnitude."""
-        *_, n, k = weight.shape
-        rows, columns = self.block
-        padded = torch.nn.functional.pad(weight.abs(), (0, -k % columns, 0, -n % rows))
-        amax = padded.unflatten(-1, (-1, columns)).unflatten(-3, (-1, rows)).amax(dim=(-3, -1))
-        _, byte = ceil_pow2(amax.float().clamp(min=floor) / largest)
-        return self._spread(byte, n, k, weight.dtype), byte.view(torch.float8_e8m0fnu)
+    def _normalise(self, weight: Tensor, largest: float) -> tuple[Tensor, Tensor]:
+        """(float32 weight / scale [..., N, K], E8M0 scales): each block's magnitudes brought to at most `largest`."""
+        weight = weight.detach().float()
+        (N, K), (R, C) = weight.shape[-2:], self.block
+        scale, byte = ceil_pow2(_block_amax(weight.abs(), self.block).div_(largest).clamp_(min=_LEAST_SCALE))
+        return weight / _spread(scale, (R, C), N, K), byte.view(torch.float8_e8m0fnu)
+
+
+def _spread(scale: Tensor, block: tuple[int, int], N: int, K: int) -> Tensor:
+    """The scale of every value, [..., N, K], of block scales; a dim whose blocks are 1 long is not repeated."""
+    R, C = block
+    if R > 1:
+        scale = scale.repeat_interleave(R, -2)[..., :N, :]
+    return scale.repeat_interleave(C, -1)[..., :K] if C > 1 else scale
+
+
+def _block_amax(size: Tensor, block: tuple[int, int]) -> Tensor:
+    """The largest of every block, [..., ceil(N / R), ceil(K / C)], of magnitudes [..., N, K]."""
+    (*lead, N, K), (R, C) = size.shape, block
+    if N % R or K % C:
+        size = F.pad(size, (0, -K % C, 0, -N % R))
+    return size.reshape(*lead, -(-N // R), R, -(-K // C), C).amax(dim=(-3, -1))
 
 
 class FP8Blocks(_Blocks):
     """e4m3 with an E8M0 scale per 128 x 128 block: every projection of the official checkpoints."""
 
-    name, block, packed, data_dtype = "fp8", (128, 128), 1, torch.float8_e4m3fn
+    name, block, data_dtype, values_per_element = "fp8", (128, 128), torch.float8_e4m3fn, 1
 
     def dequantize(self, data: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-        wide = torch.promote_types(dtype, torch.float32)
-        return (data.to(wide) * self._spread(scale, data.shape[-2], data.shape[-1], wide)).to(dtype)
+        return self._times_scale(e4m3_values(data, _wide(dtype)), scale, dtype)
 
     def quantize(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        spread, byte = self._block_scales(weight.float(), FP8_MAX, 2.0**-126)
-        return (weight.float() / spread).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), byte
+        scaled, byte = self._normalise(weight, FP8_MAX)
+        return scaled.to(torch.float8_e4m3fn), byte
 
 
 class FP4Groups(_Blocks):
     """Packed e2m1 (low nibble: even input) with an E8M0 scale per 32 inputs: the official experts."""
 
-    name, block, packed, data_dtype = "fp4", (1, 32), 2, torch.int8
+    name, block, data_dtype, values_per_element = "fp4", (1, 32), torch.int8, 2
 
     def dequantize(self, data: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-        wide = torch.promote_types(dtype, torch.float32)
-        values = unpack_e2m1(data).to(wide)
-        return (values * self._spread(scale, values.shape[-2], values.shape[-1], wide)).to(dtype)
+        return self._times_scale(e2m1_values(data, _wide(dtype)), scale, dtype)
 
     def quantize(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        spread, byte = self._block_scales(weight.float(), FP4_MAX, FP4_MAX * 2.0**-126)
-        return pack_e2m1(e2m1_codes(weight.float() / spread)).view(torch.int8), byte
+        if weight.shape[-1] % 2:
+            raise WrongShape(f"a matrix of {weight.shape[-1]} inputs was to be stored in FP4, two to a byte; pad it")
+        scaled, byte = self._normalise(weight, FP4_MAX)
+        return pack_e2m1(scaled).view(torch.int8), byte
 
 
-def e2m1_codes(x: Tensor) -> Tensor:
-    """uint8 codes 0..15 of the nearest e2m1 values, ties to the even mantissa, magnitudes above 6 to 6."""
-    a = x.abs()
-    # Between neighbours the tie goes to the even code: boundaries alternate between > and >=.
-    code = (a > 0.25).to(torch.uint8)
-    for i, edge in enumerate((0.75, 1.25, 1.75, 2.5, 3.5, 5.0)):
-        code += (a >= edge) if i % 2 == 0 else (a > edge)
-    return code | ((x < 0) | ((x == 0) & torch.signbit(x))).to(torch.uint8) << 3
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """What to multiply in: `dtype` where its range holds a scale, else float32.  Products round at most once."""
+    return dtype if dtype in (torch.float32, torch.float64, torch.bfloat16) else torch.float32
 
-
-def pack_e2m1(codes: Tensor) -> Tensor:
-    """uint8 [..., K / 2] of codes [..., K]: the even one in the low nibble."""
-    return codes[..., 0::2] | (codes[..., 1::2] << 4)
-
-
-def unpack_e2m1(packed: Tensor) -> Tensor:
-    """float32 values [..., K] of packed codes [..., K / 2]."""
-    table = _pair_table(packed.device)
-    return table.index_select(0, packed.view(torch.uint8).flatten().int()).view(*packed.shape[:-1], -1)
-
-
-def _pair_table(device: torch.device) -> Tensor:
-    """float32 [256, 2]: both values of every byte."""
-    key = str(device)
-    if key not in _PAIR_TABLES:
-        signed = torch.tensor([*FP4_VALUES, *(-v for v in FP4_VALUES)], device=device)
-        byte = torch.arange(256, device=device)
-        _PAIR_TABLES[key] = torch.stack([signed[byte & 15], signed[byte >> 4]], dim=-1)
-    return _PAIR_TABLES[key]
-
-
-_PAIR_TABLES: dict[str, Tensor] = {}
 
 register_format(FP8Blocks())
 register_format(FP4Groups())
 
 
 def fp4_to_fp8(weight: QuantTensor) -> QuantTensor:
-    """The same values in FP8 blocks, exactly.
+    """The same values [..., N, K] in FP8 blocks, exactly.
 
-    A block's scale is its largest group scale / 64: every e2m1 value of a group up to 2^6 smaller is then an
-    e4m3 value (official converter).
+    A block's scale is its largest group scale / 64 (official converter), which puts that group's 6 at 384 of
+    e4m3's 448.  Groups down to 2^-14 of the largest then still have e4m3 values for all of theirs.
 
     Raises:
-        UnsupportedFormat: group scales of a block span more than that, and some value would be rounded.
+        UnsupportedFormat: the weight is not in FP4, or some value would be rounded.
     """
-    values = weight.dequantize(torch.float32)
-    fp8 = FORMATS["fp8"]
-    *_, n, k = values.shape
-    group = e8m0_to_float(weight.scale).repeat_interleave(32, -1)
-    rows, columns = fp8.block
-    padded = torch.nn.functional.pad(group, (0, -k % columns, 0, -n % rows))
-    largest = padded.unflatten(-1, (-1, columns)).unflatten(-3, (-1, rows)).amax(dim=(-3, -1))
-    _, byte = ceil_pow2((largest / 64).clamp(min=2.0**-126))
-    scale = byte.view(torch.float8_e8m0fnu)
-    spread = e8m0_to_float(scale).repeat_interleave(rows, -2)[..., :n, :].repeat_interleave(columns, -1)[..., :k]
-    data = (values / spread).to(torch.float8_e4m3fn)
-    exact = QuantTensor("fp8", data, scale)
-    if not torch.equal(exact.dequantize(torch.float32), values):
+    if weight.format != "fp4":
+        raise UnsupportedFormat(f"an FP4 weight was to be turned into FP8, and this one is in {weight.format}")
+    values = weight.dequantize()
+    N, K = weight.shape[-2:]
+    (R, C), (_, group) = FORMATS["fp8"].block, FORMATS["fp4"].block
+    group_scale = e8m0_to_float(weight.scale)
+    largest = _block_amax(group_scale, (R, C // group))
+    scale, byte = ceil_pow2((largest / 64).clamp_(min=_LEAST_SCALE))
+    data = (values / _spread(scale, (R, C), N, K)).to(torch.float8_e4m3fn)
+    exact = QuantTensor("fp8", data, byte.view(torch.float8_e8m0fnu))
+    rounded = (exact.dequantize() != values).sum().item()
+    if rounded:
+        smallest = group_scale.where(group_scale > 0, math.inf).min()
         raise UnsupportedFormat(
-            "these FP4 weights do not fit FP8 blocks exactly: group scales within one 128 x 128 block span more than "
-            "2^6; keep them in FP4"
+            f"this FP4 weight {weight.shape} does not fit FP8 blocks exactly: {rounded} of {values.numel()} values "
+            f"would be rounded, because group scales range from {smallest.item():.3g} to "
+            f"{group_scale.max().item():.3g} and one 128 x 128 block holds a range of 2^14 at most; keep it in FP4"
         )
     return exact

@@ -50,7 +50,7 @@ def compress(
     """
     M, E = emit.end.shape[0], kv_TE.shape[1]
     rows = max(1, TILE_ELEMENTS // (width * E))
-    if M <= rows:
+    if rows >= M:
         return _compress(kv_TE, gate_TE, tail_kv_SRE, tail_gate_SRE, bias_PE, emit, width)
     tiles = (Emit(*(x[m : m + rows] for x in emit)) for m in range(0, M, rows))
     return torch.cat([_compress(kv_TE, gate_TE, tail_kv_SRE, tail_gate_SRE, bias_PE, t, width) for t in tiles])

@@ -1,0 +1,39 @@
+# Two commands on a fresh machine do all the set-up: `make run` and `make test`.
+PYTHON ?= python3
+# The exact pin chooses the CPU build; on a GPU machine: make setup TORCH='torch>=2.11'
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help setup run test check bench clean
+
+help: ## what each target does
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+setup: $(READY) ## make .venv with pinned versions
+
+$(READY): pyproject.toml requirements/dev.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check '$(TORCH)'
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements/dev.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -e .
+	touch $(READY)
+
+run: $(READY) ## generate from the built-in checkpoint
+	$(BIN)/pyrosome run
+
+test: $(READY) ## the default test run: no GPU, no network, no weights
+	$(BIN)/python -m pytest
+
+check: $(READY) ## style, types, import contracts
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(READY) ## compare with transformers (needs an environment that has it: see bench/README.md)
+	$(BIN)/python -m bench.peers
+
+clean: ## remove what set-up made
+	rm -rf $(VENV) build dist src/*.egg-info

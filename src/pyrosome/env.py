@@ -1,0 +1,24 @@
+"""Every environment variable this package reads.  They are diagnostics: what a user wants goes into options."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+
+
+@dataclasses.dataclass(frozen=True)
+class Variable:
+    """One variable: its name, its default, and what it does."""
+
+    name: str
+    default: str
+    meaning: str
+
+    def get(self) -> str:
+        """Its value now."""
+        return os.environ.get(self.name, self.default)
+
+
+OPS = Variable("PYROSOME_OPS", "auto", "which version of an op runs: 'torch', or 'op:version' for single ones, by commas")
+LOG = Variable("PYROSOME_LOG", "WARNING", "level of log lines: DEBUG, INFO, WARNING or ERROR")
+ALL = (OPS, LOG)

@@ -1,0 +1,1 @@
+"""Small checkpoints in the official layout, for tests and for the built-in model."""

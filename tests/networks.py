@@ -1,0 +1,70 @@
+"""Tiny seeded networks, built in memory."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from pyrosome.config import ModelConfig
+from pyrosome.engine.runner import Runner
+from pyrosome.model.build import Network, fill
+from pyrosome.model.numerics import numerics_named
+from pyrosome.testing.checkpoints import Layout, random_tensors
+
+
+@functools.lru_cache(maxsize=8)
+def _shared(key: tuple, numerics: str, seed: int, layout: Layout) -> Network:
+    return build_network(ModelConfig.from_dict(_thaw(key)), numerics, seed, layout)
+
+
+def network(config: ModelConfig, numerics: str = "exact", seed: int = 0, layout: Layout = "bf16") -> Network:
+    """A shared network: tests must not change it."""
+    return _shared(_freeze(config.to_dict()), numerics, seed, layout)
+
+
+def build_network(config: ModelConfig, numerics: str = "exact", seed: int = 0, layout: Layout = "bf16") -> Network:
+    """A network of the caller's own."""
+    model = Network(config, numerics_named(numerics), drafts=True)
+    fill(model, random_tensors(config, seed, layout), unpack=True)
+    return model.eval()
+
+
+def _freeze(value):
+    if isinstance(value, dict):
+        return tuple(sorted((k, _freeze(v)) for k, v in value.items()))
+    return ("list", *map(_freeze, value)) if isinstance(value, list | tuple) else value
+
+
+def _thaw(value):
+    if isinstance(value, tuple):
+        return [_thaw(v) for v in value[1:]] if value and value[0] == "list" else {k: _thaw(v) for k, v in value}
+    return value
+
+
+def tokens(length: int, vocab: int = 160, seed: int = 1) -> list[int]:
+    return torch.randint(0, vocab, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def run(model: Network, ids: list[int], cuts=(), kv_format: str = "f32", poison: bool = True) -> Tensor:
+    """Logits [T, V] in spans that end at the cuts, through a cache that starts out poisoned."""
+    runner = Runner(model, kv_format, 1, len(ids))
+    if poison:
+        runner.pool.poison()
+    sequence = runner.open()
+    edges = [0, *cuts, len(ids)]
+    return torch.cat(
+        [runner.step([(sequence, ids[a:b])], every_row=True)[0] for a, b in zip(edges, edges[1:], strict=False)]
+    )
+
+
+def assert_same(ours: Tensor, theirs: Tensor, atol: float = 1e-4) -> None:
+    """Equal within `atol`, NaN nowhere, and the same best token wherever the best two differ by more than 1e-3."""
+    assert ours.shape == theirs.shape
+    assert torch.isfinite(ours).all()
+    worst = (ours - theirs).abs().max().item()
+    assert worst <= atol, f"logits differ by up to {worst:.2e}"
+    best = theirs.topk(2, -1).values
+    clear = best[..., 0] - best[..., 1] > 1e-3
+    assert (ours.argmax(-1) == theirs.argmax(-1))[clear].all()
