@@ -49,9 +49,7 @@ class Format(Protocol):
         """Rows and inputs that share a scale."""
         ...
 
-    def detect(
-        self, data_dtype: torch.dtype, scale_dtype: torch.dtype, data_shape: Shape, scale_shape: Shape
-    ) -> bool:
+    def detect(self, data_dtype: torch.dtype, scale_dtype: torch.dtype, data_shape: Shape, scale_shape: Shape) -> bool:
         """Whether such a pair is in this format."""
         ...
 
@@ -173,9 +171,7 @@ class _Blocks:
     data_dtype: torch.dtype
     values_per_element: int  # along K
 
-    def detect(
-        self, data_dtype: torch.dtype, scale_dtype: torch.dtype, data_shape: Shape, scale_shape: Shape
-    ) -> bool:
+    def detect(self, data_dtype: torch.dtype, scale_dtype: torch.dtype, data_shape: Shape, scale_shape: Shape) -> bool:
         return (
             data_dtype == self.data_dtype
             and scale_dtype in (torch.float8_e8m0fnu, torch.uint8)

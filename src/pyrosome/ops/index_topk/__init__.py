@@ -55,11 +55,13 @@ def index_topk(
             if rank_TN.shape[1] > K:
                 rank_TN = rank_TN.topk(K, dim=1, sorted=False).values
             best_TK = rank_TN
-    index_TK = _LAST - (best_TK & _LAST)
     # Ascending order does not depend on how many rows were scored, so neither do sums over the rows chosen.
-    index_TK = index_TK.masked_fill(best_TK < 0, _LAST).sort(dim=1).values
+    index_TK, order_TK = rank_index(best_TK).masked_fill(best_TK < 0, _LAST).sort(dim=1)
     index_TK = index_TK.masked_fill(index_TK == _LAST, -1)
-    return _scores_at(q_THC, keys, weight_TH, index_TK), index_TK
+    if torch.is_grad_enabled():
+        return _scores_at(q_THC, keys, weight_TH, index_TK), index_TK
+    score_TK = rank_score(best_TK.gather(1, order_TK)).to(wide)
+    return score_TK.masked_fill(index_TK < 0, float("-inf")), index_TK
 
 
 def rank_key(score: Tensor, index: Tensor) -> Tensor:
@@ -70,6 +72,18 @@ def rank_key(score: Tensor, index: Tensor) -> Tensor:
     bits = (score.float() + 0.0).view(torch.int32).long()  # + 0.0 turns -0.0 into 0.0
     ordered = torch.where(bits < 0, -1 - (bits & 0x7FFFFFFF), bits) + (1 << 31)
     return (ordered << _INDEX_BITS) | (_LAST - index)
+
+
+def rank_index(rank: Tensor) -> Tensor:
+    """The index inside a `rank_key`."""
+    return _LAST - (rank & _LAST)
+
+
+def rank_score(rank: Tensor) -> Tensor:
+    """The float32 score inside a `rank_key`."""
+    ordered = (rank >> _INDEX_BITS) - (1 << 31)
+    bits = torch.where(ordered < 0, (-1 - ordered) - (1 << 31), ordered)
+    return bits.to(torch.int32).view(torch.float32)
 
 
 def _scores(q_THC: Tensor, keys_BNC: Tensor, weight_TH: Tensor, layout: Sequence[tuple[int, int]]) -> Tensor:

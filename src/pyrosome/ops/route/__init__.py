@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyrosome.ops.index_topk import rank_key
+from pyrosome.ops.index_topk import rank_index, rank_key
 from pyrosome.ops.seam import Op
 
 
@@ -26,8 +26,7 @@ def choose_experts(score_TE: Tensor, bias_E: Tensor, num_chosen: int) -> Tensor:
     The bias balances load and is used for selection only.
     """
     rank_TE = rank_key(score_TE.detach() + bias_E, torch.arange(score_TE.shape[1], device=score_TE.device))
-    best_TK = rank_TE.topk(num_chosen, dim=1, sorted=False).values
-    return ((1 << 31) - 1 - (best_TK & ((1 << 31) - 1))).sort(dim=1).values
+    return rank_index(rank_TE.topk(num_chosen, dim=1, sorted=False).values).sort(dim=1).values
 
 
 def expert_weights(score_TE: Tensor, expert_TK: Tensor, scale: float) -> Tensor:
