@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyrosome.quant import ceil_pow2, e8m0_to_float
@@ -47,6 +47,7 @@ def test_the_float_below_a_power_goes_up_to_it():
 
 
 @given(st.floats(min_value=2.0**-126, max_value=2.0**127, width=32))
+@settings(deadline=None)
 def test_is_the_least_power_of_two_not_below(x):
     scale, byte = ceil_pow2(torch.tensor([x]))
     assert scale.item() == 2.0 ** ceil_exponent(x)
@@ -54,6 +55,7 @@ def test_is_the_least_power_of_two_not_below(x):
 
 
 @given(st.floats(min_value=2.0**-140, max_value=2.0**127, width=32, allow_subnormal=True))
+@settings(deadline=None)
 def test_the_byte_says_the_same_as_the_float(x):
     scale, byte = ceil_pow2(torch.tensor([x]))
     assert torch.equal(e8m0_to_float(byte), scale)
