@@ -5,15 +5,17 @@ This file imports neither side, so that each child process holds one engine alon
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
 import os
-import statistics
+import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-# ~70M parameters; the layer pattern and ratios of V4-Flash, narrow.
+# 44M parameters; the layer pattern and ratios of V4-Flash, narrow.
 SMALL: dict[str, Any] = {
     "hidden_size": 320, "moe_intermediate_size": 256, "num_hidden_layers": 8, "num_attention_heads": 8,
     "head_dim": 128, "q_lora_rank": 160, "o_groups": 4, "o_lora_rank": 64, "n_routed_experts": 16,
@@ -24,6 +26,7 @@ RATIOS = (0, 0, 4, 128, 4, 128, 4, 128)
 CHECKED_TOKENS = 1500  # past index_topk x 4, and past eleven HCA windows
 PREFILLS = (128, 1024, 4096)
 DECODED_AFTER, DECODED = 1024, 32
+ENOUGH_CPU_S = 20.0  # a run that took this long is not repeated: its noise is small already
 
 
 def prompt(length: int) -> list[int]:
@@ -36,10 +39,18 @@ def prompt(length: int) -> list[int]:
 
 
 class PeakMemory(threading.Thread):
-    """Peak resident bytes above those at entry, sampled every few milliseconds."""
+    """Peak resident bytes above those at entry: the kernel's own mark where it can be reset, and samples.
+
+    Samples alone miss what is held and freed within one call that keeps the interpreter to itself.  What
+    earlier work freed is given back to the system first: heap that an allocator keeps would otherwise count
+    as already there, and hide as much of this peak.
+    """
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
+        gc.collect()
+        give_back_heap()
+        self.marked = reset_high_water()
         self.base = self.peak = resident_bytes()
         self.ended = threading.Event()
 
@@ -54,9 +65,11 @@ class PeakMemory(threading.Thread):
     def __exit__(self, *_: object) -> None:
         self.ended.set()
         self.join()
+        self.peak = max(self.peak, high_water_bytes() if self.marked else resident_bytes())
 
     @property
     def extra_mb(self) -> float:
+        """Peak above the base, in megabytes (10^6 bytes)."""
         return (self.peak - self.base) / 1e6
 
 
@@ -66,39 +79,86 @@ def resident_bytes() -> int:
         return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def tokens_per_cpu_second(run: Callable[[], None], tokens: int, repeats: int) -> list[float]:
-    """Tokens per second of this process's CPU time, once per repeat."""
-    rates = []
-    for _ in range(repeats):
-        began = time.process_time()
-        run()
-        rates.append(tokens / (time.process_time() - began))
-    return rates
+def reset_high_water() -> bool:
+    """Set the kernel's mark of peak resident memory down to the present; False where that is not allowed."""
+    try:
+        with open("/proc/self/clear_refs", "w") as f:
+            f.write("5")
+    except OSError:
+        return False
+    return True
 
 
-def measure(prefill: Callable[[int], Any], decode: Callable[[Any, int], None], repeats: int) -> dict[str, Any]:
-    """Rates and peak memory of one engine.
+def high_water_bytes() -> int:
+    """Peak resident set size since the mark was last reset, in bytes."""
+    with open("/proc/self/status") as f:
+        return next(int(line.split()[1]) for line in f if line.startswith("VmHWM")) * 1024
 
-    Args:
-        prefill: runs a prompt of so many tokens on an empty cache and returns whatever `decode` goes on from.
-        decode: goes on for so many tokens, one at a time.
+
+def give_back_heap() -> None:
+    """Return freed heap to the system, where the C library can (glibc); elsewhere nothing happens."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def rates(run: Callable[[], Any], tokens: int, repeats: int) -> dict[str, list[float]]:
+    """Tokens per second of this process's CPU time ("cpu") and of the clock ("wall"), once per repeat.
+
+    Stops early once `ENOUGH_CPU_S` seconds of CPU time are spent; one repeat is always made.
     """
-    out: dict[str, Any] = {"prefill": {}, "prefill_peak_mb": {}}
-    prefill(64)  # first calls allocate and choose kernels
-    for length in PREFILLS:
-        with PeakMemory() as memory:
-            rates = tokens_per_cpu_second(lambda n=length: prefill(n), length, repeats)  # type: ignore[misc]
-        out["prefill"][length], out["prefill_peak_mb"][length] = rates, memory.extra_mb
-    state = prefill(DECODED_AFTER)
-    decode(state, 2)
-    with PeakMemory() as memory:
-        out["decode"] = tokens_per_cpu_second(lambda: decode(state, DECODED), DECODED, repeats)
-    out["decode_peak_mb"] = memory.extra_mb
+    out: dict[str, list[float]] = {"cpu": [], "wall": []}
+    spent = 0.0
+    while len(out["cpu"]) < repeats and spent < ENOUGH_CPU_S:
+        began, cpu_began = time.perf_counter(), time.process_time()
+        run()
+        cpu, wall = time.process_time() - cpu_began, time.perf_counter() - began
+        spent += cpu
+        out["cpu"].append(tokens / cpu)
+        out["wall"].append(tokens / wall)
     return out
 
 
-def median(values: Sequence[float]) -> float:
-    return statistics.median(values)
+def with_peak(run: Callable[[], Any], tokens: int, repeats: int) -> tuple[dict[str, list[float]], float]:
+    """Rates of `run`, and the peak memory of one run in megabytes.
+
+    The run that is watched for memory starts from a heap just given back and pays to get it again, so its
+    time counts only where it took `ENOUGH_CPU_S` seconds and there is no other.
+    """
+    with PeakMemory() as memory:
+        first = rates(run, tokens, 1)
+    if tokens / first["cpu"][0] >= ENOUGH_CPU_S:
+        return first, memory.extra_mb
+    return rates(run, tokens, repeats), memory.extra_mb
+
+
+def measure(
+    prefill: Callable[[int, int], Any], decode: Callable[[Any, int], list[int]], repeats: int, quick: bool = False
+) -> dict[str, Any]:
+    """Rates, peak memory and greedy tokens of one engine.
+
+    Args:
+        prefill: runs a prompt of so many tokens on an empty cache with room for so many more, and returns
+            whatever `decode` goes on from.
+        decode: goes on greedily for so many tokens, one at a time, and returns the tokens it fed.
+        quick: leaves out the longest prompt.
+    """
+    out: dict[str, Any] = {"prefill": {}, "prefill_peak_mb": {}}
+    prefill(64, 0)  # first calls allocate and choose kernels
+    for length in PREFILLS[:-1] if quick else PREFILLS:
+        found, peak = with_peak(lambda n=length: prefill(n, 0), length, repeats)  # type: ignore[misc]
+        out["prefill"][length], out["prefill_peak_mb"][length] = found, peak
+    state = prefill(DECODED_AFTER, DECODED * (1 + repeats))
+    tokens: list[int] = []
+    out["decode"], out["decode_peak_mb"] = with_peak(lambda: tokens.extend(decode(state, DECODED)), DECODED, repeats)
+    out["tokens"] = tokens
+    return out
+
+
+def arguments() -> tuple[str, str, str, int, bool]:
+    """A child's command line: checkpoint, where to put the answer and the logits, repeats, "quick" or "full"."""
+    checkpoint, answer_path, logits_path, repeats, extent = sys.argv[1:]
+    return checkpoint, answer_path, logits_path, int(repeats), extent == "quick"
 
 
 def answer(path: str, values: dict[str, Any]) -> None:

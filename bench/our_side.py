@@ -1,11 +1,6 @@
-"""Our side of `bench.peers`: the same measurements through the cache, in float32 by the torch definitions."""
+"""Our side of `bench.peers`: the same measurements through the cache, in float32 (numerics "exact")."""
 
 from __future__ import annotations
-
-import os
-import sys
-
-sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
 import measure
 import torch
@@ -17,13 +12,12 @@ CHUNK = 2048  # tokens of one prefill span, so that memory does not grow with th
 LINEAR_AT = (4096, 8192, 16384)
 
 
-def main(checkpoint: str, answer: str, logits: str, repeats: int) -> None:
+def main(checkpoint: str, answer: str, logits: str, repeats: int, quick: bool) -> None:
     torch.set_num_threads(1)
     model = pyrosome.load_model(checkpoint, numerics="exact")
-    save_file({"logits": model.logits(measure.prompt(measure.CHECKED_TOKENS))}, logits)
 
-    def prefill(length):
-        runner = model.runner(max_sequences=1, max_context=length + 8 * measure.DECODED)
+    def prefill(length, room):
+        runner = model.runner(max_sequences=1, max_context=length + room)
         sequence, ids = runner.open(), measure.prompt(length)
         for at in range(0, length, CHUNK):
             (last,) = runner.step([(sequence, ids[at : at + CHUNK])])
@@ -31,19 +25,23 @@ def main(checkpoint: str, answer: str, logits: str, repeats: int) -> None:
 
     def decode(state, count):
         runner, sequence, _ = state
+        tokens = []
         for _ in range(count):
+            tokens.append(state[2])
             (last,) = runner.step([(sequence, [state[2]])])
             state[2] = int(last.argmax())
+        return tokens
 
-    out = measure.measure(prefill, decode, repeats)
+    out = measure.measure(prefill, decode, repeats, quick)
     out["linear"] = {}
-    for length in LINEAR_AT:
+    for length in LINEAR_AT[:2] if quick else LINEAR_AT:
         with measure.PeakMemory() as memory:
-            runner, *_ = prefill(length)
-        assert runner.pool.allocated_bytes == runner.pool.plan.total_bytes
+            runner, *_ = prefill(length, 0)
         out["linear"][length] = {"peak_mb": memory.extra_mb, "cache_bytes": runner.pool.allocated_bytes}
+        del runner, _
+    save_file({"logits": model.logits(measure.prompt(measure.CHECKED_TOKENS))}, logits)
     measure.answer(answer, {**out, "engine": f"pyrosome {pyrosome.__version__}", "torch": torch.__version__})
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]))
+    main(*measure.arguments())

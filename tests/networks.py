@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -54,9 +55,7 @@ def run(model: Network, ids: list[int], cuts=(), kv_format: str = "f32", poison:
         runner.pool.poison()
     sequence = runner.open()
     edges = [0, *cuts, len(ids)]
-    return torch.cat(
-        [runner.step([(sequence, ids[a:b])], every_row=True)[0] for a, b in zip(edges, edges[1:], strict=False)]
-    )
+    return torch.cat([runner.step([(sequence, ids[a:b])], every_row=True)[0] for a, b in pairwise(edges)])
 
 
 def assert_same(ours: Tensor, theirs: Tensor, atol: float = 1e-4) -> None:

@@ -132,7 +132,7 @@ class DSparkConfig:
         object.__setattr__(self, "target_layer_ids", targets)
         if not targets or list(targets) != sorted(set(targets)):
             raise CheckpointError(
-                f"dspark_target_layer_ids is {list(targets)}; supported are layer numbers in ascending order, at least one"
+                f"dspark_target_layer_ids is {list(targets)}; at least one layer, in ascending order, is needed"
             )
 
 
@@ -211,7 +211,7 @@ class ModelConfig:
 
     @property
     def release(self) -> str:
-        """"0731" with a DSpark head described, else "preview"."""
+        """ "0731" with a DSpark head described, else "preview"."""
         return "0731" if self.dspark else "preview"
 
     @property
@@ -267,7 +267,8 @@ class ModelConfig:
         d["compress_ratios"] = list(self.compress_ratios)
         d["rope_scaling"] = None
         if self.rope_scaling:
-            d["rope_scaling"] = {"type": "yarn"} | {f.name: getattr(self.rope_scaling, f.name) for f in fields(YarnScaling)}
+            yarn = {f.name: getattr(self.rope_scaling, f.name) for f in fields(YarnScaling)}
+            d["rope_scaling"] = {"type": "yarn", **yarn}
         if self.expert_dtype is not None:
             d["expert_dtype"] = self.expert_dtype
         if self.quantization:
@@ -290,7 +291,7 @@ class ModelConfig:
             raise CheckpointError(f"preset {name!r} was asked for; there are {', '.join(sorted(_PRESETS))}")
         known = {f.name for f in fields(cls)}
         if unknown := sorted(set(overrides) - known):
-            raise CheckpointError(f"preset {name!r} was given {', '.join(unknown)}, which are not fields of ModelConfig")
+            raise CheckpointError(f"preset {name!r} was given {', '.join(unknown)}, not fields of ModelConfig")
         return cls(**{**_PRESETS[name], **overrides})
 
 
@@ -324,11 +325,12 @@ def _check_architecture(d: dict[str, Any]) -> None:
         raise CheckpointError(f"model_type missing; this package reads {MODEL_TYPE!r}: is this a model's config.json?")
     if found == "deepseek_v41":
         raise UnsupportedFormat(
-            "model_type is 'deepseek_v41'; DeepSeek-V4.1 is a different architecture (shared compressed rows, single-pass "
-            f"hyper-connections, n-gram memory) and cannot be loaded as {MODEL_TYPE!r}: choose a V4 checkpoint"
+            "model_type is 'deepseek_v41'; DeepSeek-V4.1 is a different architecture (shared compressed rows, "
+            f"single-pass hyper-connections, n-gram memory) and cannot be loaded as {MODEL_TYPE!r}: "
+            "choose a V4 checkpoint"
         )
     if found != MODEL_TYPE:
-        raise UnsupportedFormat(f"model_type is {found!r}; this package reads {MODEL_TYPE!r}: choose a DeepSeek-V4 checkpoint")
+        raise UnsupportedFormat(f"model_type is {found!r}; this package reads {MODEL_TYPE!r}: choose a V4 checkpoint")
     for new, published in (("rope_parameters", "rope_scaling"), ("layer_types", "compress_ratios")):
         if new in d and published not in d:
             raise UnsupportedFormat(
@@ -373,7 +375,7 @@ def _dspark(d: dict[str, Any]) -> DSparkConfig | None:
     if not found:
         return None
     if missing := [key for name, key in _DSPARK.items() if name not in found]:
-        raise CheckpointError(f"{', '.join(missing)} missing, though other dspark_ keys are there; a DSpark head needs all four")
+        raise CheckpointError(f"{', '.join(missing)} missing beside other dspark_ keys; a DSpark head needs all four")
     return DSparkConfig(**found)
 
 
@@ -434,8 +436,8 @@ def _check_ratios(c: ModelConfig) -> None:
     width = c.index_head_dim
     if width & (width - 1) or width < c.qk_rope_head_dim:
         raise CheckpointError(
-            f"index_head_dim is {width} and qk_rope_head_dim is {c.qk_rope_head_dim}; the indexer of a CSA layer needs a "
-            "power of two that is at least the rotated width"
+            f"index_head_dim is {width} and qk_rope_head_dim is {c.qk_rope_head_dim}; the indexer of a CSA layer needs "
+            "a power of two that is at least the rotated width"
         )
 
 
@@ -443,8 +445,8 @@ def _check_drafts(c: ModelConfig) -> None:
     extra = len(c.draft_ratios)
     if any(c.draft_ratios):
         raise CheckpointError(
-            f"compress_ratios ends in {list(c.draft_ratios)} after {c.num_hidden_layers} layers; draft stages attend to "
-            "the window only, so their entries must be 0"
+            f"compress_ratios ends in {list(c.draft_ratios)} after {c.num_hidden_layers} layers; draft stages attend "
+            "to the window only, so their entries must be 0"
         )
     if c.dspark is None:
         if extra not in (0, c.num_nextn_predict_layers):
@@ -456,12 +458,12 @@ def _check_drafts(c: ModelConfig) -> None:
         return
     if c.dspark.noise_token_id >= c.vocab_size:
         raise CheckpointError(
-            f"dspark_noise_token_id is {c.dspark.noise_token_id} and vocab_size is {c.vocab_size}; a token id is below it"
+            f"dspark_noise_token_id is {c.dspark.noise_token_id} and vocab_size is {c.vocab_size}; ids are below it"
         )
     if c.dspark.target_layer_ids[-1] >= c.num_hidden_layers or c.dspark.target_layer_ids[0] < 0:
         raise CheckpointError(
-            f"dspark_target_layer_ids is {list(c.dspark.target_layer_ids)} and num_hidden_layers is {c.num_hidden_layers}; "
-            "layers are numbered from 0"
+            f"dspark_target_layer_ids is {list(c.dspark.target_layer_ids)} and num_hidden_layers is "
+            f"{c.num_hidden_layers}; layers are numbered from 0"
         )
 
 

@@ -19,6 +19,8 @@ class Variable:
         return os.environ.get(self.name, self.default)
 
 
-OPS = Variable("PYROSOME_OPS", "auto", "which version of an op runs: 'torch', or 'op:version' for single ones, by commas")
+OPS = Variable(
+    "PYROSOME_OPS", "auto", "version of an op that runs: 'torch', or 'op:version' for single ones, by commas"
+)
 LOG = Variable("PYROSOME_LOG", "WARNING", "level of log lines: DEBUG, INFO, WARNING or ERROR")
 ALL = (OPS, LOG)

@@ -51,7 +51,8 @@ class DoesNotFit(PlanError):
     def __init__(self, part: str, needed_bytes: int, free_bytes: int, device: str, hint: str) -> None:
         self.part, self.needed_bytes, self.free_bytes, self.device = part, needed_bytes, free_bytes, device
         super().__init__(
-            f"{part} needs {needed_bytes / 2**30:.3f} GiB on {device}, which has {free_bytes / 2**30:.3f} GiB free; {hint}"
+            f"{part} needs {needed_bytes / 2**30:.3f} GiB on {device}, which has {free_bytes / 2**30:.3f} GiB free; "
+            f"{hint}"
         )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -99,7 +100,7 @@ def _pieces(length: int, cuts: Iterable[int] | None) -> list[tuple[int, int]]:
     if cuts != sorted(set(cuts)) or any(not 0 < c < length for c in cuts):
         raise RequestError(f"cuts must ascend within 1..{length - 1} for {length} tokens; {cuts} were given")
     edges = [0, *cuts, length]
-    return list(zip(edges, edges[1:], strict=False))
+    return list(pairwise(edges))
 
 
 def load_model(
@@ -215,7 +216,9 @@ class LLM:
             raise RequestError("generate takes a list of prompts; a single string was given: pass [prompt]")
         each = [params or SamplingParams()] * len(prompts) if not isinstance(params, Sequence) else list(params)
         if len(each) != len(prompts):
-            raise RequestError(f"{len(prompts)} prompts and {len(each)} SamplingParams were given; pass one, or one each")
+            raise RequestError(
+                f"{len(prompts)} prompts and {len(each)} SamplingParams were given; give one, or one each"
+            )
         requests = []
         for prompt, p in zip(prompts, each, strict=True):
             ids = self.encode(prompt) if isinstance(prompt, str) else list(prompt)
@@ -235,9 +238,7 @@ class LLM:
             max(1, min(len(requests), self.max_sequences)), min(context, config.max_position_embeddings)
         )
         stopped: set[int] = set()
-        events = generate(
-            runner, requests, eos_id=config.eos_token_id, step_tokens=self.step_tokens, stopped=stopped
-        )
+        events = generate(runner, requests, eos_id=config.eos_token_id, step_tokens=self.step_tokens, stopped=stopped)
         for event in events:
             if texts[event.request].feed(event):  # a stop string: end this request, and only it
                 event = dataclasses.replace(event, finish_reason="stop")

@@ -60,7 +60,8 @@ def _integer(name: str, value: object, low: int, high: int | None = None) -> Non
 def _number(name: str, value: object, low: float, high: float, *, open_below: bool = False) -> None:
     is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if not is_number or not low <= value <= high or (open_below and value == low):  # type: ignore[operator]
-        raise RequestError(f"{name} is {value!r}; a number {'above' if open_below else 'from'} {low} to {high} was expected")
+        lowest = f"above {low}" if open_below else f"from {low}"
+        raise RequestError(f"{name} is {value!r}; a number {lowest} to {high} was expected")
 
 
 def _items(name: str, values: object, kind: type) -> tuple[object, ...]:

@@ -101,7 +101,7 @@ def test_a_link_to_itself(tmp_path: Path, golden: Path) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    [b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"weight_map": []}', b'{"weight_map": {}}', b"{}"],
+    [b"", b"{", b"[]", b"null", b"\xff\xfe", b"[" * 100_000, b'{"weight_map": []}', b'{"weight_map": {}}', b"{}"],
 )
 def test_an_index_that_is_none(golden: Path, text: bytes) -> None:
     (golden / INDEX).write_bytes(text)
@@ -126,6 +126,7 @@ def test_a_shard_that_is_no_name(golden: Path, shard: Any) -> None:
         ".",
         "..",
         "",
+        "a\0.safetensors",
     ],
 )
 def test_a_shard_that_points_elsewhere(golden: Path, shard: str) -> None:
@@ -231,7 +232,7 @@ def test_a_file_cut_within_its_header(golden: Path) -> None:
     refused(golden, TruncatedFile, "1000", str(8 + int.from_bytes(raw[:8], "little")))
 
 
-@pytest.mark.parametrize("text", [b"not json", b"{", b"[]", b"3", b'{"a": 1}', b"\xff" * 16])
+@pytest.mark.parametrize("text", [b"not json", b"{", b"[]", b"3", b'{"a": 1}', b"\xff" * 16, b"[" * 100_000])
 def test_a_header_that_is_none(golden: Path, text: bytes) -> None:
     write_raw(golden / SHARD, text)
     refused(golden, CheckpointError, SHARD)
@@ -263,7 +264,7 @@ def test_a_malformed_entry(golden: Path, entry: Any) -> None:
     refused(golden, CheckpointError, "the.tensor", SHARD)
 
 
-@pytest.mark.parametrize("dtype", ["F4", "Q4_K", "f32", "", None, 32])
+@pytest.mark.parametrize("dtype", ["F4", "Q4_K", "f32", "", None, 32, ["F32"], {}])
 def test_an_unknown_dtype(golden: Path, dtype: Any) -> None:
     write_raw(golden / SHARD, {"the.tensor": {**ONE, "dtype": dtype}}, bytes(4))
     write_index(golden, {"the.tensor": SHARD})
@@ -296,6 +297,20 @@ def test_a_truncated_shard(golden: Path, gone: int) -> None:
     refused(golden, TruncatedFile, str(whole), str(whole - gone), SHARD)
 
 
+def test_a_shard_cut_after_it_was_opened(golden: Path) -> None:
+    index = open_checkpoint(golden)
+    os.truncate(golden / SHARD, (golden / SHARD).stat().st_size - 8192)
+    with pytest.raises(TruncatedFile, match=SHARD):
+        list(read_tensors(index))
+
+
+def test_a_shard_removed_after_it_was_opened(golden: Path) -> None:
+    index = open_checkpoint(golden)
+    (golden / SHARD).unlink()
+    with pytest.raises(CheckpointError, match=SHARD):
+        list(read_tensors(index))
+
+
 @pytest.mark.parametrize(
     ("scale", "at"),
     [
@@ -310,6 +325,28 @@ def test_a_scale_that_is_no_number(golden: Path, scale: str, at: tuple[int, int]
     spoilt[at[0] * shape[1] + at[1]] = 255
     rewrite(golden, {scale: (dtype, shape, bytes(spoilt))})
     refused(golden, CheckpointError, scale, str(at), "1 in all")
+
+
+def test_a_repaired_file_reads_anew(golden: Path) -> None:
+    """A read that failed half-way leaves nothing behind that a later read of the same path would see."""
+    name = "layers.1.attn.wq_b.scale"
+    sound = read_entries(golden / SHARD)
+    dtype, shape, data = sound[name]
+    rewrite(golden, {name: (dtype, shape, b"\xff" * len(data))})
+    refused(golden, CheckpointError, name)
+    (golden / SHARD).unlink()
+    rewrite_from(golden, sound)
+    use(golden)
+
+
+def rewrite_from(directory: Path, entries: dict[str, Any]) -> None:
+    write_raw(directory / SHARD, {})
+    rewrite(directory, entries)
+
+
+def test_a_name_nobody_has(golden: Path) -> None:
+    with pytest.raises(MissingTensor, match="no such tensor"):
+        list(read_tensors(open_checkpoint(golden), ["no such tensor"]))
 
 
 # Configuration and weights of different models.
@@ -327,3 +364,10 @@ def test_stages_without_dspark_keys(tmp_path: Path) -> None:
     config["compress_ratios"] = config["compress_ratios"][:4]
     (path / "config.json").write_text(json.dumps(config))
     refused(path, CheckpointError, "dspark")
+
+
+@pytest.mark.parametrize("stage", ["mtp.7.", "mtp.123456789."])
+def test_a_stage_far_away(tmp_path: Path, stage: str) -> None:
+    path = copied(tmp_path / "dspark", "golden_dspark/bf16")
+    rewrite(path, {f"{stage}norm.weight": ("BF16", (64,), bytes(128))})
+    assert "mtp." in refused_somehow(path)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
+from torch import Tensor
 
 from pyrosome.checkpoint.index import open_checkpoint
 from pyrosome.checkpoint.load import read_tensors
@@ -156,3 +158,17 @@ def test_the_same_name_twice(tmp_path: Path) -> None:
 def test_a_dtype_without_a_name(tmp_path: Path) -> None:
     with pytest.raises(PyrosomeError, match="complex64"):
         save_checkpoint(tmp_path, TINY, [("a", torch.ones(1, dtype=torch.complex64))])
+
+
+def test_an_interrupted_save_is_no_checkpoint(tmp_path: Path) -> None:
+    def breaks() -> Iterator[tuple[str, Tensor]]:
+        yield "a", torch.ones(100)
+        yield "b", torch.ones(100)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(tmp_path, TINY, breaks(), max_shard_bytes=100)
+    assert not list(tmp_path.glob("*.safetensors"))
+    assert not (tmp_path / "config.json").exists()
+    assert not (tmp_path / INDEX).exists()
+    assert not list(tmp_path.iterdir())  # nor is the disk left full of parts

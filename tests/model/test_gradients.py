@@ -8,7 +8,8 @@ from pyrosome.testing.shapes import tiny
 from tests.networks import build_network, tokens
 
 SMALL = {
-    "hidden_size": 16, "num_attention_heads": 2, "head_dim": 12, "qk_rope_head_dim": 4, "q_lora_rank": 8, "o_lora_rank": 4,
+    "hidden_size": 16, "num_attention_heads": 2, "head_dim": 12, "qk_rope_head_dim": 4, "q_lora_rank": 8,
+    "o_lora_rank": 4,
     "sliding_window": 5, "index_n_heads": 2, "index_head_dim": 8, "index_topk": 3, "n_routed_experts": 4,
     "num_experts_per_tok": 2, "moe_intermediate_size": 8, "vocab_size": 20, "hc_sinkhorn_iters": 4,
 }  # fmt: skip

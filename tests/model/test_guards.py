@@ -48,7 +48,9 @@ def test_a_cached_step_reads_nothing_back(numerics, unpack):
             step = Step.of(
                 [Span(s, a, ids[a : a + n]) for s, a, n in zip(slots, starts, lengths, strict=True)], pad_lengths_to=3
             )
-            draft_step = Step.of([Span(s, a, ids[a + 1 : a + n]) for s, a, n in zip(slots, starts, lengths, strict=True)])
+            draft_step = Step.of(
+                [Span(s, a, ids[a + 1 : a + n]) for s, a, n in zip(slots, starts, lengths, strict=True)]
+            )
             with NoHostRead() as guard:
                 streams = model(step, cache=pool.layers(step)).streams
                 model.logits(streams[step.last_token_B()])

@@ -77,7 +77,8 @@ def test_scores_carry_gradients_and_the_same_values():
 def test_no_rows_and_no_tokens():
     keys = UnitedRows(torch.zeros(1, 0, 4), torch.zeros(0, 4))
     keys.num_rows = 0
-    score, index = index_topk(torch.ones(3, 2, 4), keys, torch.ones(3, 2), torch.zeros(3, dtype=torch.int64), [(0, 3)], 5)
+    none_visible = torch.zeros(3, dtype=torch.int64)
+    score, index = index_topk(torch.ones(3, 2, 4), keys, torch.ones(3, 2), none_visible, [(0, 3)], 5)
     assert score.shape == index.shape == (3, 0)
 
 

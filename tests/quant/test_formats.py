@@ -185,7 +185,7 @@ class TestQuantize:
         assert all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(found, expected, strict=True))
 
     def test_an_odd_number_of_inputs_does_not_pack(self):
-        with pytest.raises(WrongShape, match="33 inputs.*FP4"):
+        with pytest.raises(WrongShape, match=r"33 inputs.*FP4"):
             FORMATS["fp4"].quantize(torch.zeros(2, 33))
 
 

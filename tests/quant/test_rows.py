@@ -257,7 +257,7 @@ class TestRefusals:
             index_rows("int8", 128)
 
     def test_planes_of_another_width(self):
-        with pytest.raises(CacheInvariantBroken, match="a 512-channel row.*80 channels"):
+        with pytest.raises(CacheInvariantBroken, match=r"a 512-channel row.*80 channels"):
             kv_rows("fp8", 80, 16).planes(512)
-        with pytest.raises(CacheInvariantBroken, match="a 128-channel row.*64 channels"):
+        with pytest.raises(CacheInvariantBroken, match=r"a 128-channel row.*64 channels"):
             index_rows("fp8", 64).planes(128)

@@ -135,13 +135,20 @@ class PooledLayer:
 
     def history(self, name: str, rows_MC: Tensor, emit: Emit, ratio: int) -> RowSource:
         planes, row_format, table_SP = self._histories[name]
+        if rows_MC.shape[0]:
+            self._write(planes, row_format, table_SP, rows_MC, emit, ratio)
+        return PagedRows(planes, row_format, table_SP[self.step.slot_B], self.step, ratio)
+
+    @staticmethod
+    def _write(
+        planes: tuple[Tensor, ...], row_format: RowFormat, table_SP: Tensor, rows_MC: Tensor, emit: Emit, ratio: int
+    ) -> None:
         row_M = emit.end // ratio
         page_M = table_SP[emit.slot, (row_M // PAGE_ROWS).clamp(min=0)]
         # The spare page's last row takes what is not to be kept; its first stays zero and stands for "nothing".
         place_M = torch.where(emit.end >= 0, page_M * PAGE_ROWS + row_M % PAGE_ROWS, PAGE_ROWS - 1)
         for plane, encoded in zip(planes, row_format.encode(rows_MC), strict=True):
             plane[place_M] = encoded
-        return PagedRows(planes, row_format, table_SP[self.step.slot_B], self.step, ratio)
 
 
 class PagedRows:
@@ -169,7 +176,8 @@ class PagedRows:
     def span_rows(self, low: int, high: int) -> Tensor:
         row_N = torch.arange(low, high, device=self.table_BP.device)
         place_BN = self.table_BP[:, row_N // PAGE_ROWS] * PAGE_ROWS + row_N % PAGE_ROWS
-        return self._decode(place_BN.flatten()).unflatten(0, place_BN.shape)
+        rows_NC = self._decode(place_BN.flatten())
+        return rows_NC.view(*place_BN.shape, rows_NC.shape[-1])
 
     def _decode(self, place_N: Tensor) -> Tensor:
         return self.row_format.decode(tuple(plane.index_select(0, place_N) for plane in self.planes))

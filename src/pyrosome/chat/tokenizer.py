@@ -30,8 +30,8 @@ class Tokenizer:
             plain = tokenizers.Tokenizer.from_str(json.dumps({**values, "added_tokens": []}))
         except FileNotFoundError:
             raise CheckpointError(
-                f"{FILE_NAME} was looked for in {file.parent} and is not there; put the checkpoint's tokenizer beside its "
-                "weights, or pass token ids"
+                f"{FILE_NAME} was looked for in {file.parent} and is not there; put the checkpoint's tokenizer beside "
+                "its weights, or pass token ids"
             ) from None
         except Exception as error:  # the library raises bare Exception for every fault of the file
             raise CheckpointError(f"{file} is not a usable tokenizer ({error}); download it again") from None

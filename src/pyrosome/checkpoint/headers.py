@@ -9,6 +9,7 @@ import dataclasses
 import json
 import math
 import os
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
     try:
         entries = json.loads(raw)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"the header of {path} is not JSON ({error}); {_AGAIN}") from None
     if not isinstance(entries, dict):
         raise CheckpointError(f"the header of {path} is not an object; {_AGAIN}")
@@ -71,10 +72,10 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     if needed > file_bytes:
         first = min((t.begin, n) for n, t in tensors.items() if t.end > file_bytes)[1]
         raise TruncatedFile(
-            f"{path} has {file_bytes} bytes and its header promises {needed}: {first} and what follows is cut off; {_AGAIN}"
+            f"{path} has {file_bytes} bytes and its header promises {needed}: {first} and what follows is cut; {_AGAIN}"
         )
     ordered = sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end))
-    for (name, t), (other, u) in zip(ordered, ordered[1:], strict=False):
+    for (name, t), (other, u) in pairwise(ordered):
         if t.end > u.begin:
             raise CheckpointError(f"the header of {path} places {name} and {other} on the same bytes; {_AGAIN}")
     return tensors
@@ -89,7 +90,7 @@ def _entry(path: Path, name: str, entry: Any, start: int) -> TensorInfo:
         sound = False
     if not sound:
         raise CheckpointError(f"the header of {path} has a malformed entry for {name}: {entry!r}; {_AGAIN}")
-    if dtype not in DTYPE_BYTES:
+    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
         raise UnsupportedFormat(
             f"{name} in {path} has dtype {dtype!r}; known are {', '.join(DTYPE_BYTES)}; convert the checkpoint first"
         )

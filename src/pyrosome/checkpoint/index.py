@@ -80,8 +80,8 @@ class CheckpointIndex:
     @functools.cached_property
     def num_stages(self) -> int:
         """Draft stages, counted from the tensors `mtp.{i}.`: configurations of 0731 say 1 and have 3."""
-        found = {int(m[1]) for n in self.tensors if (m := re.match(r"mtp\.(\d+)\.", n)) and n not in IGNORED}
-        return max(found) + 1 if found else 0
+        # How many there are, not the highest number: a stray mtp.99999 must not ask for an inventory of so many stages.
+        return len({m[1] for n in self.tensors if (m := re.match(r"mtp\.(\d+)\.", n)) and n not in IGNORED})
 
     @property
     def has_drafts(self) -> bool:
@@ -165,7 +165,7 @@ def open_checkpoint(path_or_name: str | Path) -> CheckpointIndex:
                 f"{INDEX_NAME} places {_some(absent)} in {shard.name}, which does not hold them; download both again"
             )
         if twice := tensors.keys() & header.keys():
-            raise CheckpointError(f"{_some(twice)} are in two shards, {shard.name} being the second; remove the stray one")
+            raise CheckpointError(f"{_some(twice)} are in two shards, the second {shard.name}; remove the stray one")
         tensors |= header
     return CheckpointIndex(directory, config, tensors)
 
@@ -176,7 +176,8 @@ def _locate(path_or_name: str | Path) -> Path:
         root = Path(str(resources.files("pyrosome"))) / "builtin"
         known = sorted(p.name for p in root.iterdir() if p.is_dir()) if root.is_dir() else []
         if name.removeprefix(BUILTIN) not in known:
-            raise CheckpointError(f"{name} was asked for; built in are {', '.join(BUILTIN + k for k in known) or 'none'}")
+            there = ", ".join(BUILTIN + k for k in known) or "none"
+            raise CheckpointError(f"{name} was asked for; built in are {there}")
         return root / name.removeprefix(BUILTIN)
     path = Path(path_or_name).expanduser()
     if not path.exists():
@@ -205,7 +206,7 @@ def _shards(directory: Path) -> dict[Path, set[str] | None]:
         entries = {str(k): str(v) for k, v in weight_map.items() if isinstance(v, str)}
         if len(entries) != len(weight_map) or not entries:
             raise TypeError("weight_map must name a file for every tensor")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{index} has no usable weight_map ({error}); download it again") from None
     shards: dict[Path, set[str] | None] = {}
     for name, file in entries.items():
@@ -225,8 +226,8 @@ def _inside(directory: Path, file: str) -> Path:
         regular = path.resolve(strict=True).is_file()
     except FileNotFoundError:
         raise MissingTensor(f"shard {file} is not in {directory}; download it") from None
-    except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"shard {file} in {directory} leads nowhere ({error}); download it again") from None
+    except (OSError, RuntimeError, ValueError) as error:
+        raise CheckpointError(f"shard {file!r} in {directory} leads nowhere ({error}); download it again") from None
     if not regular:
         raise CheckpointError(f"shard {file} in {directory} is not a file; download it again")
     return path
@@ -235,5 +236,3 @@ def _inside(directory: Path, file: str) -> Path:
 def _some(names: set[str]) -> str:
     first = sorted(names)[:_LISTED]
     return ", ".join(first) + (f" and {len(names) - len(first)} more" if len(names) > len(first) else "")
-
-

@@ -15,7 +15,7 @@ from torch import Tensor
 from pyrosome.checkpoint.headers import TensorInfo
 from pyrosome.checkpoint.index import CheckpointIndex
 from pyrosome.checkpoint.names import IGNORED, scale_name
-from pyrosome.errors import CheckpointError, MissingTensor
+from pyrosome.errors import CheckpointError, MissingTensor, TruncatedFile, UnsupportedFormat
 from pyrosome.quant import QuantTensor, format_of
 from pyrosome.quant.formats import DTYPES
 
@@ -32,30 +32,35 @@ def read_tensors(
         progress: called after each shard with (bytes read, bytes in all, shard name).
 
     Raises:
-        MissingTensor: an FP8 or FP4 weight has no scale.
-        CheckpointError: a scale holds a NaN byte.
+        MissingTensor: a name is in no shard, or an FP8 or FP4 weight has no scale.
+        TruncatedFile: a shard became shorter after it was opened.
+        CheckpointError: a scale holds a NaN byte, or a shard can no longer be read.
         UnsupportedFormat: a pair of data and scale in no known format.
     """
     wanted = [n for n in (index.tensors if names is None else names) if n not in IGNORED]
+    if unknown := [n for n in wanted if n not in index.tensors]:
+        raise MissingTensor(f"{unknown[0]} was asked for and is in no shard of {index.path}; check the name")
     scales = {scale_name(n) for n in wanted if n.endswith(".weight")}
     weights = [n for n in wanted if n not in scales]
     by_file = sorted(weights, key=lambda n: (index.tensors[n].file.name, index.tensors[n].begin))
     total = sum(index.tensors[n].nbytes for n in wanted)
     done = 0
+    # Of this call alone: one that ends half-way, or another beside it, must leave no mapping of an older file behind.
+    mapped: dict[str, Tensor] = {}
     for file, group in groupby(by_file, key=lambda n: index.tensors[n].file):
         for name in group:
-            yield name, _read(index, name)
+            yield name, _read(index, name, mapped)
             done += index.tensors[name].nbytes
             if scale_name(name) in scales and scale_name(name) in index.tensors:
                 done += index.tensors[scale_name(name)].nbytes
-        _unmap()
+        mapped.clear()
         if progress is not None:
             progress(done, total, file.name)
 
 
-def _read(index: CheckpointIndex, name: str) -> Tensor | QuantTensor:
+def _read(index: CheckpointIndex, name: str, mapped: dict[str, Tensor]) -> Tensor | QuantTensor:
     info = index.tensors[name]
-    data = _view(info)
+    data = _view(info, mapped)
     scale_info = index.tensors.get(scale_name(name)) if name.endswith(".weight") else None
     if scale_info is None:
         if info.dtype in ("F8_E4M3", "I8"):
@@ -64,7 +69,7 @@ def _read(index: CheckpointIndex, name: str) -> Tensor | QuantTensor:
                 "nothing: download the shards again"
             )
         return data
-    scale = _view(scale_info)
+    scale = _view(scale_info, mapped)
     bad = (scale.view(torch.uint8) == _E8M0_NAN).nonzero()
     if len(bad):
         raise CheckpointError(
@@ -76,21 +81,24 @@ def _read(index: CheckpointIndex, name: str) -> Tensor | QuantTensor:
     return QuantTensor(found.name, data, scale)
 
 
-_mapped: dict[str, Tensor] = {}
-
-
-def _view(info: TensorInfo) -> Tensor:
+def _view(info: TensorInfo, mapped: dict[str, Tensor]) -> Tensor:
     """The tensor's bytes in the file, mapped; nothing is copied."""
     key = str(info.file)
-    if key not in _mapped:
-        num_bytes = info.file.stat().st_size
-        _mapped[key] = torch.from_file(key, shared=False, size=num_bytes, dtype=torch.uint8)
-    raw = _mapped[key][info.begin : info.end]
-    dtype = DTYPES[info.dtype]
+    if key not in mapped:
+        try:
+            num_bytes = info.file.stat().st_size
+            mapped[key] = torch.from_file(key, shared=False, size=num_bytes, dtype=torch.uint8)
+        except (OSError, RuntimeError) as error:
+            raise CheckpointError(f"shard {key} can no longer be read ({error}); download it again") from None
+    if info.end > len(mapped[key]):
+        raise TruncatedFile(
+            f"shard {key} has {len(mapped[key])} bytes and needs at least {info.end}: it was cut after it was opened; "
+            "download it again"
+        )
+    raw = mapped[key][info.begin : info.end]
+    dtype = DTYPES.get(info.dtype)
+    if dtype is None:
+        raise UnsupportedFormat(f"a tensor in {key} has dtype {info.dtype}; read are {', '.join(DTYPES)}")
     if info.begin % dtype.itemsize:  # a view would be misaligned: rare, so a copy is fine
         raw = raw.clone()
     return raw.view(dtype).view(info.shape)
-
-
-def _unmap() -> None:
-    _mapped.clear()

@@ -98,10 +98,12 @@ def _block(c: ModelConfig, p: str, ratio: int, hashed: bool) -> dict[str, Tensor
     else:
         out[f"{f}gate.bias"] = TensorSpec((c.n_routed_experts,), "f32")
     width = c.moe_intermediate_size
-    for name, kind in [("shared_experts.", "matrix")] + [(f"experts.{e}.", "expert") for e in range(c.n_routed_experts)]:
-        out[f"{f}{name}w1.weight"] = TensorSpec((width, D), kind)  # type: ignore[arg-type]
-        out[f"{f}{name}w3.weight"] = TensorSpec((width, D), kind)  # type: ignore[arg-type]
-        out[f"{f}{name}w2.weight"] = TensorSpec((D, width), kind)  # type: ignore[arg-type]
+    experts: dict[str, Kind] = {"shared_experts.": "matrix"}
+    experts |= {f"experts.{e}.": "expert" for e in range(c.n_routed_experts)}
+    for name, kind in experts.items():
+        out[f"{f}{name}w1.weight"] = TensorSpec((width, D), kind)
+        out[f"{f}{name}w3.weight"] = TensorSpec((width, D), kind)
+        out[f"{f}{name}w2.weight"] = TensorSpec((D, width), kind)
     return out
 
 

@@ -46,21 +46,25 @@ def save_checkpoint(
     """
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    shards: list[tuple[Path, list[str]]] = []
+    parts: list[Path] = []
+    shard_of: dict[str, int] = {}
     total = 0
-    for held in _in_shards(_flat(tensors), max_shard_bytes):
-        part = path / f".shard-{len(shards) + 1}.partial"
-        _write_shard(part, held)
-        shards.append((part, list(held)))
-        total += sum(t.nbytes for t in held.values())
-    weight_map: dict[str, str] = {}
-    for number, (part, names) in enumerate(shards, 1):
-        final = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+    try:
+        for number, held in enumerate(_in_shards(_flat(tensors), max_shard_bytes), 1):
+            if twice := shard_of.keys() & held.keys():
+                raise CheckpointError(f"{min(twice)} was given twice; a checkpoint holds each tensor once")
+            parts.append(path / f".shard-{number}.partial")
+            _write_shard(parts[-1], held)
+            shard_of |= dict.fromkeys(held, number)
+            total += sum(t.nbytes for t in held.values())
+    except BaseException:  # an interrupt too: parts of a model fill a disk, and nothing would ever read them
+        for part in parts:
+            part.unlink(missing_ok=True)
+        raise
+    finals = [f"model-{number:05d}-of-{len(parts):05d}.safetensors" for number in range(1, len(parts) + 1)]
+    for part, final in zip(parts, finals, strict=True):
         os.replace(part, path / final)
-        for name in names:
-            if name in weight_map:
-                raise CheckpointError(f"{name} was given twice; a checkpoint holds each tensor once")
-            weight_map[name] = final
+    weight_map = {name: finals[number - 1] for name, number in shard_of.items()}
     values = config.to_dict() if isinstance(config, ModelConfig) else config
     _write_text(path / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
     for file in copy_files:
@@ -107,7 +111,7 @@ def _write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
     with open(path, "wb") as f:
         f.write(len(raw).to_bytes(8, "little") + raw)
         for tensor in tensors.values():
-            f.write(memoryview(tensor.flatten().view(torch.uint8).numpy()))
+            f.write(tensor.flatten().view(torch.uint8).numpy().data)
         f.flush()
         os.fsync(f.fileno())
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -51,7 +51,7 @@ def run(
             sys.stdout.flush()
     context = len(llm.encode(text)) + len(ids)
     kv = llm.kv_bytes(context)
-    report = {
+    report: dict[str, Any] = {
         "model": str(model),
         "numerics": llm.model.numerics,
         "kv_format": llm.model.kv_format,
@@ -78,12 +78,12 @@ def _printable(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else "\u00b7" for c in text)
 
 
-def _summary(report: dict[str, object]) -> str:
+def _summary(report: dict[str, Any]) -> str:
     lines = [
         "",
         "",
         f"{report['model']}: numerics {report['numerics']}, cache rows {report['kv_format']}",
-        f"generated {len(report['token_ids'])} tokens ({report['finish_reason']}); "  # type: ignore[arg-type]
+        f"generated {len(report['token_ids'])} tokens ({report['finish_reason']}); "
         f"context {report['context_tokens']} tokens; load {report['load_s']} s, generation {report['generate_s']} s",
         f"KV cache: {report['kv_bytes_per_token']:,.2f} bytes per token of history, "
         f"{report['kv_bytes']:,} bytes for this sequence with its windows and tails",

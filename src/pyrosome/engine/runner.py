@@ -120,7 +120,7 @@ def check_ids(ids: Items[int], vocab_size: int) -> None:
         RequestError: no ids at all, or one outside 0..vocab_size - 1.
     """
     if len(ids) == 0:
-        raise RequestError("an empty prompt was given; pass at least one token id (the beginning-of-sentence id will do)")
+        raise RequestError("an empty prompt was given; pass at least one token id (beginning-of-sentence will do)")
     for at, token in enumerate(ids):
         if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab_size:
             raise RequestError(

@@ -24,7 +24,7 @@ from pyrosome.ops.compress import Emit, compress
 from pyrosome.ops.experts import clamped_swiglu
 from pyrosome.ops.hyper_connection import hyper_connection_head, hyper_connection_in, hyper_connection_out
 from pyrosome.ops.index_topk import index_topk
-from pyrosome.ops.linear import grouped_linear, linear
+from pyrosome.ops.linear import dense_rows, grouped_linear, linear
 from pyrosome.ops.rms_norm import rms_norm
 from pyrosome.ops.rope import frequencies, rope, rotation
 from pyrosome.ops.route import choose_experts, expert_weights, route_scores
@@ -47,13 +47,15 @@ class Compressor(nn.Module):
         self.ape = nn.Parameter(torch.empty(ratio, projected, device="meta"))
         self.norm = RMSNorm(width, config.rms_norm_eps)
 
-    def forward(self, x_TD: Tensor, emit: Emit, rotation_MF2: Tensor, cache: LayerCache, tail: str) -> Tensor:
+    def forward(self, x_TD: Tensor, emit: Emit, rotation_MF: Tensor, cache: LayerCache, tail: str) -> Tensor:
         """Rows [M, C] that this step finishes, normalised and rotated at their window's first position."""
         kv_TE, gate_TE = self.wkv(x_TD), self.wgate(x_TD)
         tail_kv, tail_gate = cache.tail(tail, kv_TE)
         rows_MC = compress(kv_TE, gate_TE, tail_kv, tail_gate, self.ape, emit, self.window)
         cache.keep_tail(tail, kv_TE, gate_TE)
-        return rope(self.norm(rows_MC), rotation_MF2)  # type: ignore[no-any-return]
+        if rows_MC.shape[0] == 0:
+            return rows_MC
+        return rope(self.norm(rows_MC), rotation_MF)  # type: ignore[no-any-return]
 
 
 class Indexer(nn.Module):
@@ -72,7 +74,8 @@ class Indexer(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """(score, index) [T, K] of the rows chosen; index -1 where fewer are visible."""
         key_MC = self.compressor(x_TD, step.emit(CSA_RATIO), turns.emitted, cache, "index_tail")
-        key_MC = self.numerics.index(hadamard(key_MC))
+        if key_MC.shape[0]:
+            key_MC = self.numerics.index(hadamard(key_MC))
         keys = cache.history("index_k", key_MC, step.emit(CSA_RATIO), CSA_RATIO)
         q_THC = rope(self.wq_b(latent_TL).unflatten(-1, (self.heads, self.width)), turns.token)
         q_THC = self.numerics.index(hadamard(q_THC))
@@ -81,7 +84,7 @@ class Indexer(nn.Module):
 
 
 class Rotations(NamedTuple):
-    """Cosines and sines a layer needs: of the step's tokens, and of the rows its compressor emits."""
+    """The turns a layer needs, as unit complex numbers: of the step's tokens, and of the rows its compressor emits."""
 
     token: Tensor
     emitted: Tensor | None
@@ -135,8 +138,10 @@ class Attention(nn.Module):
     def _compressed(self, x_TD: Tensor, step: Step, turns: Rotations, cache: LayerCache) -> RowSource:
         emit = step.emit(self.ratio)
         row_MC = self.compressor(x_TD, emit, turns.emitted, cache, "tail")
+        if row_MC.shape[0]:
+            row_MC = self.numerics.kv_row(row_MC, self.nope)
         name = "csa_kv" if self.ratio == CSA_RATIO else "hca_kv"
-        return cache.history(name, self.numerics.kv_row(row_MC, self.nope), emit, self.ratio)
+        return cache.history(name, row_MC, emit, self.ratio)
 
     def _chosen(
         self,
@@ -277,9 +282,7 @@ class Rotary(nn.Module):
         super().__init__()
         dim = config.qk_rope_head_dim
         self.register_buffer("near", frequencies(config.rope_theta, dim, None), persistent=False)
-        self.register_buffer(
-            "far", frequencies(config.compress_rope_theta, dim, config.rope_scaling), persistent=False
-        )
+        self.register_buffer("far", frequencies(config.compress_rope_theta, dim, config.rope_scaling), persistent=False)
 
     def forward(self, step: Step, ratios: set[int]) -> dict[int, Rotations]:
         """What the layers of each ratio need; a row is rotated at its window's first position."""
@@ -320,7 +323,7 @@ class DeepseekV4(nn.Module):
 
     def embed_ids(self, ids_T: Tensor) -> Tensor:
         """Embedding rows [T, D], in float32 or wider."""
-        rows_TD = self.embed.value[ids_T]
+        rows_TD = dense_rows(self.embed.value, ids_T)
         return rows_TD.to(torch.promote_types(rows_TD.dtype, torch.float32))
 
     def forward(

@@ -39,9 +39,7 @@ class ExpertBank(nn.Module):
         if stack is None:
             stack = self._stacks[layer, matrix] = _empty_stack(self.num_experts, value)
             if isinstance(stack, Tensor):
-                self.register_parameter(
-                    _parameter_name(layer, matrix), nn.Parameter(stack, requires_grad=False)
-                )
+                self.register_parameter(_parameter_name(layer, matrix), nn.Parameter(stack, requires_grad=False))
         if isinstance(stack, QuantTensor) and isinstance(value, QuantTensor):
             stack.data[expert].copy_(value.data)
             stack.scale[expert].copy_(value.scale)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -17,17 +19,18 @@ class Weight(nn.Module):
     def __init__(self, *shape: int) -> None:
         super().__init__()
         self.shape = shape
-        self.prepare = unchanged
+        self.prepare: Callable[[Tensor], Tensor] = unchanged
         self.value: Tensor | QuantTensor = nn.Parameter(torch.empty(shape, device="meta"))
 
     def assign(self, value: Tensor | QuantTensor, numerics: Numerics, *, unpack: bool) -> None:
         """Take `value`; with `unpack`, its exact float32 values (the quantisation points stay those of the format)."""
         self.prepare = numerics.activation if isinstance(value, QuantTensor) else unchanged
-        if unpack or not isinstance(value, QuantTensor):
-            value = nn.Parameter(dense(value, torch.float32) if unpack else value, requires_grad=False)
-        if isinstance(value, QuantTensor):
+        if isinstance(value, QuantTensor) and not unpack:
             del self.value  # a registered parameter cannot be replaced by anything else
-        self.value = value
+            self.value = value
+        else:
+            values = dense(value, torch.float32) if unpack or isinstance(value, QuantTensor) else value
+            self.value = nn.Parameter(values, requires_grad=False)
 
     @property
     def device(self) -> torch.device:

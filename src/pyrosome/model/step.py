@@ -62,7 +62,10 @@ class Step:
         """
         rooms = [max(len(s.ids), pad_lengths_to) for s in spans]
         rooms += [max(pad_lengths_to, 1)] * (pad_spans_to - len(spans))
-        ids, position, span, layout = [], [], [], []
+        ids: list[int] = []
+        position: list[int] = []
+        span: list[int] = []
+        layout: list[tuple[int, int]] = []
         for b, room in enumerate(rooms):
             s = spans[b] if b < len(spans) else Span(0, 0, ())
             padding = room - len(s.ids)
@@ -133,7 +136,7 @@ class Step:
         return torch.where(row_K < self.visible_T(ratio)[:, None], row_K, -1)
 
     def window_index(self, width: int, ring_rows: int) -> Tensor:
-        """Rows of `UnitedRows` for the last `width` positions of each token, oldest first, int64 [T, W]; -1 for none."""
+        """Rows of `UnitedRows` for each token's last `width` positions, oldest first, int64 [T, W]; -1 for none."""
         return self._once(("window", width, ring_rows), lambda: self._window_index(width, ring_rows))
 
     def _window_index(self, width: int, ring_rows: int) -> Tensor:

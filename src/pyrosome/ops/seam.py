@@ -133,5 +133,8 @@ def use(op: Op, choice: str) -> Iterator[None]:
 
 
 def _choice_from_env(name: str) -> str:
-    spec = dict(p.split(":") if ":" in p else ("*", p) for p in env.OPS.get().split(","))
-    return spec.get(name, spec.get("*", "auto"))
+    spec: dict[str, str] = {}
+    for part in env.OPS.get().split(","):
+        op, _, version = part.rpartition(":")
+        spec[op] = version
+    return spec.get(name, spec.get("", "auto"))

@@ -43,7 +43,8 @@ def nano_config() -> ModelConfig:
         q_lora_rank=128, o_lora_rank=64, sliding_window=128, index_n_heads=4, index_head_dim=64, index_topk=64,
         num_experts_per_tok=2, moe_intermediate_size=128, num_hash_layers=3, max_position_embeddings=1048576,
         swiglu_limit=10.0, rope_scaling=ModelConfig.preset("flash").rope_scaling, expert_dtype="fp4",
-        quantization=OFFICIAL_QUANTIZATION, extra={"architectures": ["DeepseekV4ForCausalLM"], "torch_dtype": "bfloat16"},
+        quantization=OFFICIAL_QUANTIZATION,
+        extra={"architectures": ["DeepseekV4ForCausalLM"], "torch_dtype": "bfloat16"},
     )  # fmt: skip
 
 

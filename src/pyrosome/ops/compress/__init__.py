@@ -49,6 +49,8 @@ def compress(
     Before a sequence's first token there is nothing: gate -inf (DeepSeek-V4 report, CSA and HCA).
     """
     M, E = emit.end.shape[0], kv_TE.shape[1]
+    if M == 0:
+        return kv_TE.new_zeros(0, E * bias_PE.shape[0] // width)
     rows = max(1, TILE_ELEMENTS // (width * E))
     if rows >= M:
         return _compress(kv_TE, gate_TE, tail_kv_SRE, tail_gate_SRE, bias_PE, emit, width)

@@ -34,7 +34,7 @@ class ExpertWeights(NamedTuple):
 
 
 def clamped_swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
-    """silu(min(gate, limit)) x clamp(up, -limit, limit): the gate is clamped from above only (official inference code)."""
+    """silu(min(gate, limit)) x clamp(up, -limit, limit): the gate is clamped from above only (official code)."""
     return F.silu(gate.clamp(max=limit)) * up.clamp(-limit, limit)
 
 
@@ -48,7 +48,7 @@ def routed_experts(x_TD: Tensor, bank: ExpertWeights, expert_TK: Tensor, weight_
     """
     (T, K), D, E = expert_TK.shape, x_TD.shape[1], bank.w1.shape[0]
     wide = torch.promote_types(x_TD.dtype, torch.float32)
-    M = min(MAX_TILE_ROWS, 1 << max(0, (T * K // E).bit_length() - 3))
+    M = min(MAX_TILE_ROWS, 1 << max(0, (T * K // E).bit_length() - 1))
     plan = _tiles(expert_TK, E, M)
     prepared_TD = bank.prepare(x_TD).to(wide)
     weight_N = weight_TK.to(wide).flatten()
@@ -77,8 +77,13 @@ class _Tiles(NamedTuple):
 
 def _tiles(expert_TK: Tensor, num_experts: int, rows: int) -> _Tiles:
     N, E, M = expert_TK.numel(), num_experts, rows
-    G = N if M == 1 else N // M + E
     expert_N = expert_TK.flatten()
+    pair_N = torch.arange(N, device=expert_N.device)
+    if M == 1:  # a tile for each pair, in the pairs' own order
+        real_N = expert_N >= 0
+        place_TK = torch.where(real_N, pair_N, N).view(expert_TK.shape)
+        return _Tiles(torch.where(real_N, pair_N, -1)[:, None], expert_N.clamp(min=0), place_TK)
+    G = N // M + E
     expert_N = torch.where(expert_N < 0, E, expert_N)
     order_N = torch.argsort(expert_N, stable=True)
     sorted_N = expert_N[order_N]
@@ -87,7 +92,7 @@ def _tiles(expert_TK: Tensor, num_experts: int, rows: int) -> _Tiles:
     )
     tiles_E = (count_E + M - 1) // M
     first_row_E = (tiles_E.cumsum(0) - tiles_E) * M
-    rank_N = torch.arange(N, device=expert_N.device) - (count_E.cumsum(0) - count_E)[sorted_N]
+    rank_N = pair_N - (count_E.cumsum(0) - count_E)[sorted_N]
     place_N = torch.where(sorted_N < E, first_row_E[sorted_N] + rank_N, G * M)
     pair_R = torch.full((G * M + 1,), -1, dtype=torch.int64, device=expert_N.device).scatter(0, place_N, order_N)
     expert_G = torch.searchsorted(tiles_E[:E].cumsum(0), torch.arange(G, device=expert_N.device), right=True)

@@ -6,6 +6,8 @@ Source: DeepSeek-V4 report, section on mHC, and the official inference code (ori
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -28,16 +30,35 @@ def hyper_connection_in(
     Returns: u_TD = sum_j pre_j X_j in the streams' dtype; post_TJ; comb_TJJ, made doubly
     stochastic by `sinkhorn_iters` normalisations that begin with a row softmax and end on columns.
     """
-    T, J, D = streams_TJD.shape
+    J = streams_TJD.shape[1]
     wide_TJD, mix = _mix(streams_TJD, fn, norm_eps)
     pre_TJ = torch.sigmoid(mix[:, :J] * scale[0] + base[:J]) + hc_eps
     post_TJ = 2 * torch.sigmoid(mix[:, J : 2 * J] * scale[1] + base[J : 2 * J])
     comb_TJJ = (mix[:, 2 * J :] * scale[2] + base[2 * J :]).unflatten(-1, (J, J)).softmax(-1) + hc_eps
-    comb_TJJ = comb_TJJ / (comb_TJJ.sum(1, keepdim=True) + hc_eps)
-    for _ in range(sinkhorn_iters - 1):
-        comb_TJJ = comb_TJJ / (comb_TJJ.sum(2, keepdim=True) + hc_eps)
-        comb_TJJ = comb_TJJ / (comb_TJJ.sum(1, keepdim=True) + hc_eps)
+    comb_TJJ = _sinkhorn(comb_TJJ.flatten(1), J, hc_eps, sinkhorn_iters).unflatten(-1, (J, J))
     return _collapse(pre_TJ, wide_TJD, streams_TJD.dtype), post_TJ, comb_TJJ
+
+
+def _sinkhorn(comb_TX: Tensor, J: int, eps: float, iters: int) -> Tensor:
+    """Normalise columns, then `iters` - 1 times rows and columns; X = J x J, row-major.
+
+    A sum with its eps is one product with a matrix of ones: sums over so few elements would each cost a call.
+    """
+    rows_XX, columns_XX, eps_X = _sums(J, eps, comb_TX.dtype, str(comb_TX.device))
+    comb_TX = comb_TX / torch.addmm(eps_X, comb_TX, columns_XX)
+    for _ in range(iters - 1):
+        comb_TX = comb_TX / torch.addmm(eps_X, comb_TX, rows_XX)
+        comb_TX = comb_TX / torch.addmm(eps_X, comb_TX, columns_XX)
+    return comb_TX
+
+
+@functools.cache
+def _sums(J: int, eps: float, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Matrices that replace each element of a flat J x J matrix by its row's or its column's sum, and eps."""
+    with torch.inference_mode(False):  # kept across calls, of which some may train
+        one, ones = torch.eye(J, dtype=dtype), torch.ones(J, J, dtype=dtype)
+        rows, columns = torch.kron(one, ones), torch.kron(ones, one)
+        return rows.to(device), columns.to(device), torch.full((J * J,), eps, dtype=dtype, device=device)
 
 
 @Op

@@ -42,7 +42,7 @@ def index_topk(
     if K == 0 or T == 0:
         return q_THC.new_zeros(T, K, dtype=wide), visible_T.new_full((T, K), -1)
     q_THC, weight_TH = q_THC.to(wide), weight_TH.to(wide)
-    best_TK = None
+    best_TK = visible_T.new_empty(T, 0)
     for low in range(0, N, TILE_ROWS):
         high = min(low + TILE_ROWS, N)
         keys_BNC = keys.span_rows(low, high).to(wide)
@@ -50,8 +50,7 @@ def index_topk(
             score_TN = _scores(q_THC, keys_BNC, weight_TH, layout)
             row_N = torch.arange(low, high, device=q_THC.device)
             rank_TN = rank_key(score_TN, row_N).masked_fill(row_N >= visible_T[:, None], -1)
-            if best_TK is not None:
-                rank_TN = torch.cat([best_TK, rank_TN], dim=1)
+            rank_TN = torch.cat([best_TK, rank_TN], dim=1) if low else rank_TN
             if rank_TN.shape[1] > K:
                 rank_TN = rank_TN.topk(K, dim=1, sorted=False).values
             best_TK = rank_TN

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pyrosome.errors import UnsupportedFormat
 from pyrosome.ops.seam import Op
 from pyrosome.quant import QuantTensor
 
@@ -13,6 +14,13 @@ from pyrosome.quant import QuantTensor
 def dense(weight: Tensor | QuantTensor, dtype: torch.dtype) -> Tensor:
     """The weight's exact values in `dtype`; no copy where it is already that."""
     return weight.dequantize(dtype) if isinstance(weight, QuantTensor) else weight.to(dtype)
+
+
+def dense_rows(weight: Tensor | QuantTensor, index_T: Tensor) -> Tensor:
+    """Rows `index_T` of a weight; only a weight that is never stored quantised (an embedding) is read by rows."""
+    if isinstance(weight, QuantTensor):
+        raise UnsupportedFormat(f"rows were to be read from a weight in {weight.format}; tables are BF16, F16 or F32")
+    return weight[index_T]
 
 
 @Op

@@ -37,27 +37,25 @@ def frequencies(base: float, rope_dim: int, yarn: YarnScaling | None) -> Tensor:
 
 
 def rotation(position_T: Tensor, frequency_F: Tensor) -> Tensor:
-    """Cosines and sines [T, F, 2] of position x frequency, in promote(frequency, float32).
+    """Unit complex numbers [T, F] at the angles position x frequency, in the complex type of `frequency_F`.
 
     The angle is a float32 product on purpose: near a million tokens it is off by about 0.01 rad, and
     the weights were trained and served with exactly that (official inference code).
     """
     angle_TF = position_T.clamp(min=0).to(frequency_F.dtype)[:, None] * frequency_F
-    return torch.stack([angle_TF.cos(), angle_TF.sin()], dim=-1)
+    return torch.complex(angle_TF.cos(), angle_TF.sin())
 
 
 @Op
-def rope(x: Tensor, rotation_TF2: Tensor, inverse: bool = False) -> Tensor:
+def rope(x: Tensor, rotation_TF: Tensor, inverse: bool = False) -> Tensor:
     """Rotate the last 2 F channels of x [T, C] or [T, H, C] by its token's angles; `inverse` turns back.
 
     Channels (2i, 2i + 1) form one complex number (official inference code: not rotate-half).
     """
-    F2 = 2 * rotation_TF2.shape[1]
-    c, s = rotation_TF2.unbind(-1)
+    width = 2 * rotation_TF.shape[1]
+    turn = rotation_TF.conj() if inverse else rotation_TF
     if x.dim() == 3:
-        c, s = c[:, None], s[:, None]
-    if inverse:
-        s = -s
-    even, odd = x[..., -F2:].to(c.dtype).unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack([even * c - odd * s, even * s + odd * c], dim=-1).flatten(-2)
-    return torch.cat([x[..., :-F2], turned.to(x.dtype)], dim=-1)
+        turn = turn[:, None]
+    pairs = x[..., -width:].to(turn.real.dtype).unflatten(-1, (-1, 2))
+    turned = torch.view_as_real(torch.view_as_complex(pairs) * turn).flatten(-2)
+    return torch.cat([x[..., :-width], turned.to(x.dtype)], dim=-1)

@@ -79,7 +79,7 @@ def merge(o_THC: Tensor, lse_TH: Tensor, other_THC: Tensor, other_lse_TH: Tensor
     return o_THC * share[..., None] + other_THC * other_share[..., None], both_TH
 
 
-def finish_attention(parts: list[tuple[Tensor, Tensor]], sink_H: Tensor, rotation_TF2: Tensor) -> Tensor:
+def finish_attention(parts: list[tuple[Tensor, Tensor]], sink_H: Tensor, rotation_TF: Tensor) -> Tensor:
     """Merge parts (o [T, H, C], lse [T, H]), let each head's sink take its mass, turn the rotary channels back.
 
     The sink is a learned logit with value zero: it enters the denominator only.  The inverse rotation at
@@ -89,4 +89,4 @@ def finish_attention(parts: list[tuple[Tensor, Tensor]], sink_H: Tensor, rotatio
     for o, lse in parts[1:]:
         o_THC, lse_TH = merge(o_THC, lse_TH, o, lse)
     kept_TH = torch.sigmoid(lse_TH - sink_H)  # exp(lse) / (exp(lse) + exp(sink))
-    return rope(o_THC * kept_TH[..., None], rotation_TF2, inverse=True)
+    return rope(o_THC * kept_TH[..., None], rotation_TF, inverse=True)
