@@ -56,7 +56,7 @@ class Op:
         self.kernels: list[Kernel] = []
         self.choice = _choice_from_env(self.name)
         self.passed_over: dict[Place, list[str]] = {}
-        self._picked: dict[Place, Callable[..., Any]] = {}
+        self._picked: dict[tuple[torch.device, str, bool], Callable[..., Any]] = {}
         OPS[self.name] = self
 
     def kernel(self, name: str, when: Callable[[Place], str], *, has_backward: bool = False) -> Callable[..., Any]:
@@ -99,8 +99,11 @@ class Op:
         return "torch" if run is self.definition else run.__module__.rpartition(".")[2]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        place = place_of(*args[:2])
-        run = self._picked.get(place) or self._picked.setdefault(place, self.pick(place))
+        # A step makes hundreds of calls: the remembered choice is found by what is at hand, without building a Place.
+        key = args[0].device, getattr(args[1], "format", "") if len(args) > 1 else "", torch.is_grad_enabled()
+        run = self._picked.get(key)
+        if run is None:
+            run = self._picked[key] = self.pick(place_of(*args[:2]))
         return run(*args, **kwargs)
 
 
