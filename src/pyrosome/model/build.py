@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Iterable
 
@@ -16,6 +17,8 @@ from pyrosome.model.layers import Weight
 from pyrosome.model.mtp import MTPStage
 from pyrosome.model.numerics import Numerics
 from pyrosome.quant import QuantTensor
+
+log = logging.getLogger(__name__)
 
 # A model whose weights take no more than this in float32 is unpacked at load: same values, fewer conversions.
 UNPACK_BYTES = 2 << 30
@@ -62,6 +65,11 @@ def build(
     if unpack is None:
         unpack = 4 * index.num_weights <= UNPACK_BYTES
     drafts = index.has_drafts and index.config.dspark is None
+    if index.has_drafts and not drafts:
+        log.warning("%s has a DSpark head of %d stages, which this version leaves out", index.path, index.num_stages)
+    if index.config.unknown_keys:
+        unknown = ", ".join(index.config.unknown_keys)
+        log.warning("%s: config.json has keys unknown here, kept and without effect: %s", index.path, unknown)
     model = Network(index.config, numerics, drafts=drafts)
     names = None if drafts else [n for n in index.tensors if not n.startswith("mtp.")]
     fill(model, read_tensors(index, names, progress), device=device, unpack=unpack)

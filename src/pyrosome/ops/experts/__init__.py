@@ -18,7 +18,7 @@ from pyrosome.ops.seam import Op
 from pyrosome.quant import QuantTensor
 
 # Expert weights copied out of the bank at once, in elements, while gradients are off.
-TILE_ELEMENTS = 1 << 24
+TILE_ELEMENTS = 1 << 21
 MAX_TILE_ROWS = 256
 
 Prepare = Callable[[Tensor], Tensor]  # what a weight's stored format asks of its input: quantise it, or nothing

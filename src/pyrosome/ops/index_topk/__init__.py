@@ -15,7 +15,7 @@ from pyrosome.ops.seam import Op
 
 # Rows whose scores are held at once, and elements of one product: streaming bounds memory at any context.
 TILE_ROWS = 8192
-TILE_ELEMENTS = 1 << 22
+TILE_ELEMENTS = 1 << 20
 _INDEX_BITS = 31
 _LAST = (1 << _INDEX_BITS) - 1
 

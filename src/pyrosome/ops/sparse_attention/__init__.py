@@ -17,7 +17,7 @@ from pyrosome.ops.seam import Op
 # order of additions a function of the position alone, whatever else is in the step.
 SPLIT_ROWS = 128
 # Gathered elements held at once, small enough to stay in a CPU's last cache.
-TILE_ELEMENTS = 1 << 21
+TILE_ELEMENTS = 1 << 20
 
 
 @Op
