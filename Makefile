@@ -32,8 +32,9 @@ check: $(READY) ## style, types, import contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(READY) ## compare with transformers (needs an environment that has it: see bench/README.md)
-	$(BIN)/python -m bench.peers
+bench: $(READY) ## rates and memory by context, then docs/performance.md; bench/README.md has the comparisons
+	$(BIN)/python -m bench.frontier
+	$(BIN)/python -m bench.report
 
 clean: ## remove what set-up made
 	rm -rf $(VENV) build dist src/*.egg-info

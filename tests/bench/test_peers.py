@@ -87,7 +87,7 @@ def test_peak_memory_is_sampled_where_there_is_no_mark(monkeypatch):
 
 def test_rates_count_cpu_time_and_stop_when_enough_was_spent(monkeypatch):
     clock = iter([0.0, 8.0, 8.0, 16.0, 16.0, 24.0, 24.0, 32.0])
-    monkeypatch.setattr(measure.time, "process_time", lambda: next(clock))
+    monkeypatch.setattr(measure.time, "thread_time", lambda: next(clock))
     found = measure.rates(lambda: None, 80, repeats=9)
     assert found["cpu"] == [10.0, 10.0, 10.0]
     assert len(found["wall"]) == 3
@@ -96,7 +96,7 @@ def test_rates_count_cpu_time_and_stop_when_enough_was_spent(monkeypatch):
 @pytest.mark.parametrize(("run_s", "runs"), [(1.0, 4), (30.0, 1)])
 def test_a_long_run_is_not_repeated_and_a_short_one_is_warmed_up(monkeypatch, run_s, runs):
     now = [0.0]
-    monkeypatch.setattr(measure.time, "process_time", lambda: now[0])
+    monkeypatch.setattr(measure.time, "thread_time", lambda: now[0])
     calls = []
 
     def run():

@@ -5,7 +5,7 @@ Shape letters: T tokens, H index heads, C index head dim, N rows scored at once,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -44,16 +44,15 @@ def index_topk(
     q_THC, weight_TH = q_THC.to(wide), weight_TH.to(wide)
     best_TK = visible_T.new_empty(T, 0)
     for low in range(0, N, TILE_ROWS):
-        high = min(low + TILE_ROWS, N)
-        keys_BNC = keys.span_rows(low, high).to(wide)
+        row_N = torch.arange(low, min(low + TILE_ROWS, N), device=q_THC.device)
+        keys_BNC = keys.span_rows(low, low + len(row_N)).to(wide)
         with torch.no_grad():
-            score_TN = _scores(q_THC, keys_BNC, weight_TH, layout)
-            row_N = torch.arange(low, high, device=q_THC.device)
-            rank_TN = rank_key(score_TN, row_N).masked_fill(row_N >= visible_T[:, None], -1)
-            rank_TN = torch.cat([best_TK, rank_TN], dim=1) if low else rank_TN
-            if rank_TN.shape[1] > K:
-                rank_TN = rank_TN.topk(K, dim=1, sorted=False).values
-            best_TK = rank_TN
+            parts = []
+            for rows, score_TN in _score_tiles(q_THC, keys_BNC, weight_TH, layout):
+                rank_TN = rank_key(score_TN, row_N).masked_fill_(row_N >= visible_T[rows, None], -1)
+                rank_TN = torch.cat([best_TK[rows], rank_TN], dim=1) if low else rank_TN
+                parts.append(rank_TN.topk(K, dim=1, sorted=False).values if rank_TN.shape[1] > K else rank_TN)
+            best_TK = torch.cat(parts)
     # Ascending order does not depend on how many rows were scored, so neither do sums over the rows chosen.
     index_TK, order_TK = rank_index(best_TK).masked_fill(best_TK < 0, _LAST).sort(dim=1)
     index_TK = index_TK.masked_fill(index_TK == _LAST, -1)
@@ -85,16 +84,17 @@ def rank_score(rank: Tensor) -> Tensor:
     return bits.to(torch.int32).view(torch.float32)
 
 
-def _scores(q_THC: Tensor, keys_BNC: Tensor, weight_TH: Tensor, layout: Sequence[tuple[int, int]]) -> Tensor:
-    (T, H, _), N = q_THC.shape, keys_BNC.shape[1]
+def _score_tiles(
+    q_THC: Tensor, keys_BNC: Tensor, weight_TH: Tensor, layout: Sequence[tuple[int, int]]
+) -> Iterator[tuple[slice, Tensor]]:
+    """(tokens, their scores [T, N]) of one span after the other, few tokens at a time: what follows stays in cache."""
+    H, N = q_THC.shape[1], keys_BNC.shape[1]
     tile = max(1, TILE_ELEMENTS // (H * N))
-    score_TN = q_THC.new_empty(T, N)
     for b, (first, last) in enumerate(layout):
         for t in range(first, last, tile):
             rows = slice(t, min(t + tile, last))
             product_MN = (q_THC[rows].flatten(0, 1) @ keys_BNC[b].t()).relu_()
-            score_TN[rows] = torch.bmm(weight_TH[rows, None], product_MN.unflatten(0, (-1, H)))[:, 0]
-    return score_TN
+            yield rows, torch.bmm(weight_TH[rows, None], product_MN.unflatten(0, (-1, H)))[:, 0]
 
 
 def _scores_at(q_THC: Tensor, keys: RowSource, weight_TH: Tensor, index_TK: Tensor) -> Tensor:

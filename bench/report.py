@@ -1,0 +1,226 @@
+"""docs/performance.md and its pictures, from the last record of each benchmark in bench/results/.
+
+    python -m bench.report [--results DIRECTORY] [--docs DIRECTORY]
+
+The page says nothing that its records do not: every figure stands under the command, machine, versions, date and
+commit it comes from, and is marked as measured or computed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from bench.records import ratio
+
+HERE = Path(__file__).parent
+TABLE_CHUNKS = 8  # chunks of a prefill that its table shows
+
+HEAD = """# Performance
+
+Made by `python -m bench.report` from the last record of each benchmark in `bench/results/`; not edited by hand.
+**Measured** figures were taken by the command above them, on the machine and versions under it. **Computed** ones are
+arithmetic on shapes. Rates are per second of one thread's CPU time unless the clock is named. 1 MB is 10⁶ bytes.
+"""
+
+
+def last_records(folder: Path) -> dict[str, dict[str, Any]]:
+    """The last line of each benchmark's file, by the benchmark's name.
+
+    Raises:
+        SystemExit: a last line that is no JSON object.
+    """
+    found = {}
+    for path in sorted(folder.glob("*.jsonl")):
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        if not lines:
+            continue
+        try:
+            record = json.loads(lines[-1])
+        except ValueError as error:
+            raise SystemExit(
+                f"{path}: the last record is no JSON ({error}); remove that line, or run it again"
+            ) from None
+        if not isinstance(record, dict):
+            raise SystemExit(f"{path}: the last record is {type(record).__name__}, not an object; remove that line")
+        found[path.stem] = record
+    return found
+
+
+def page(records: dict[str, dict[str, Any]]) -> str:
+    """The whole page, as Markdown."""
+    parts = [HEAD]
+    for bench, (title, command, body) in SECTIONS.items():
+        parts.append(f"## {title}\n")
+        if bench in records:
+            parts += [origin(records[bench], command), body(records[bench])]
+        else:
+            parts.append(f"No record yet: run `{command}`.\n")
+    return "\n".join(parts)
+
+
+def origin(record: dict[str, Any], command: str) -> str:
+    """Where a record's figures come from."""
+    versions = [record.get("engine") or "pyrosome", f"torch {record['torch']}", f"Python {record['python']}"]
+    if "their_engine" in record:
+        versions.append(f"{record['their_engine']} on torch {record['their_torch']}")
+    return table(
+        ("", ""),
+        [
+            ("command", f"`{command}`"),
+            ("date, commit", f"{record['date']}, `{record['commit']}`"),
+            ("machine", f"{record['cpu']}, {record['cores']} cores, load {record['load']} at the start"),
+            ("threads", f"{record['threads']}"),
+            ("versions", ", ".join(versions)),
+        ],
+    )
+
+
+def frontier(record: dict[str, Any]) -> str:
+    """Long contexts: the shape, prefill, decode, memory."""
+    shape = record["shape"]
+    ratios = ", ".join(str(r) for r in shape["layer_ratios"])
+    text = (
+        f"A narrow model with V4-Flash's row shapes: head_dim {shape['head_dim']}, {shape['qk_rope_head_dim']} of it "
+        f"rotary, index keys of {shape['index_head_dim']}, window {shape['sliding_window']}, top "
+        f"{shape['index_topk']}; layers with compress ratios {ratios}, {shape['num_attention_heads']} attention and "
+        f"{shape['index_n_heads']} index heads, hidden size {shape['hidden_size']}, {record['weights_mb']:.1f} MB of "
+        f"seeded weights. Numerics `{record['numerics']}`, rows `{record['kv_format']}`. Its rates are not those of "
+        "V4-Flash.\n"
+    )
+    verdict = "passed" if not record["problems"] else "FAILED: " + "; ".join(record["problems"])
+    return "\n".join([text, f"Checks of the run: {verdict}.\n", _prefill(record), _decode(record), _memory(record)])
+
+
+def _prefill(record: dict[str, Any]) -> str:
+    prefill, growth, cache = record["prefill"], record["prefill"]["growth"], record["prefill"]["cache"]
+    chunk, spent = prefill["chunk"], prefill["chunks"]["cpu_s"]
+    every = max(1, len(spent) // TABLE_CHUNKS)
+    shown = sorted({0, *range(every - 1, len(spent), every)})
+    rows = [(f"{chunk * (i + 1):,}", f"{spent[i]:.2f}", f"{chunk / spent[i]:,.0f}") for i in shown]
+    fitted = f"{growth['start']:.3f} + {growth['slope'] * 1000:.5f} × n / 1,000"
+    figures = [
+        ("tokens per CPU second, whole prompt", f"{prefill['rate_cpu']:,.1f}", "measured"),
+        ("tokens per second of the clock", f"{prefill['rate_wall']:,.1f}", "measured"),
+        ("peak memory above the loaded model", f"{prefill['peak_mb']:,.1f} MB", "measured"),
+        ("cache, by the allocator", f"{cache['allocated']:,} B", "measured"),
+        ("cache, by the plan", f"{cache['planned']:,} B", "computed"),
+        ("CPU seconds of a chunk after n tokens", fitted, f"line through {len(spent)} measured, R² {growth['r2']:.3f}"),
+    ]
+    return "\n".join([
+        f"### Prefill of {prefill['tokens']:,} tokens in chunks of {chunk:,}\n",
+        table(("", "", ""), figures),
+        table(("context after the chunk", "CPU seconds (measured)", "tokens per CPU second (measured)"), rows),
+        "![prefill rate by context](img/frontier-prefill.svg)\n",
+    ])  # fmt: skip
+
+
+def _decode(record: dict[str, Any]) -> str:
+    rates = [
+        (f"{p['context']:,}", f"{p['rate_cpu']:,.2f}", f"{min(p['repeats_cpu']):,.2f} to {max(p['repeats_cpu']):,.2f}",
+         f"{p['rate_wall']:,.2f}", f"{p['step_peak_mb']:,.1f}")
+        for p in record["decode"]
+    ]  # fmt: skip
+    proofs = [
+        (f"{p['context']:,}", f"{p['proof']['keys_scored']:,}", f"{p['proof']['rows_attended']:,}",
+         f"{p['proof']['attention_error']:.1e}", f"`{p['proof']['checksum']:08x}`",
+         f"`{p['proof']['pool_checksum']:08x}`")
+        for p in record["decode"]
+    ]  # fmt: skip
+    return "\n".join([
+        "### Decode over caches filled with random rows\n",
+        table(("context", "tokens per CPU second, median (measured)", "range (measured)",
+               "tokens per second of the clock (measured)", "peak of a step above model and cache, MB (measured)"),
+              rates),
+        "![decode rate by context](img/frontier-decode.svg)\n",
+        "One step at each context is computed again from the seed of the rows, without the cache: every key is scored, "
+        "and attention is taken in float64 over every row that the step had to read. The CRC-32 is of the history rows "
+        "among them.\n",
+        table(("context", "keys it had to score (computed)", "rows it had to attend to (computed)",
+               "relative error of attention, worst layer (measured)", "CRC-32 from the seed (computed)",
+               "CRC-32 from the cache (measured)"), proofs),
+    ])  # fmt: skip
+
+
+def _memory(record: dict[str, Any]) -> str:
+    memory = record["memory"]
+    rows = [
+        (f"{p['context']:,}", f"{p['cache']['allocated']:,}", f"{p['cache']['planned']:,}", f"{p['resident_mb']:,.1f}")
+        for p in record["decode"]
+    ]
+    allocated, resident = memory["allocated"], memory["resident"]
+    slopes = [
+        ("rows, by the table of streams", f"{memory['planned_per_token']:,.4f}", "computed"),
+        ("slope of bytes allocated, with page tables and whole pages", f"{allocated['slope']:,.4f}",
+         f"measured; farthest point {allocated['worst']:,.0f} B from the line"),
+        ("slope of resident memory", f"{resident['slope']:,.4f}", f"measured; R² {resident['r2']:.6f}"),
+        ("rows of V4-Flash, by the same table", f"{memory['flash_per_token']:,.2f}", "computed"),
+    ]  # fmt: skip
+    head = ("context", "cache allocated, B (measured)", "cache planned, B (computed)", "cache resident, MB (measured)")
+    return "\n".join([
+        "### Memory by context\n",
+        table(head, rows),
+        table(("bytes per token of one sequence", "", ""), slopes),
+        "![cache memory by context](img/frontier-memory.svg)\n",
+    ])  # fmt: skip
+
+
+def peers(record: dict[str, Any]) -> str:
+    """The same weights in another engine and here."""
+    logits = record["logits"]
+    rows = [
+        (name, f"{ours:,.1f}", f"{record['theirs'][name]:,.1f}", ratio(name, ours, record["theirs"][name]))
+        for name, ours in record["ours"].items()
+    ]
+    linear = [(f"{int(n):,}", f"{r['cache_bytes']:,}", f"{r['peak_mb']:,.1f}") for n, r in record["linear"].items()]
+    same = "the same" if record["same_tokens"] else "DIFFERENT"
+    return "\n".join([
+        f"Shape `{record['shape']}` of `bench/measure.py`, numerics `{record['numerics']}` on both sides, medians of "
+        f"{record['rounds']} × {record['repeats']}. Logits of {logits['positions']:,} positions: largest difference "
+        f"{logits['max_abs']:.2e} (measured). Greedy tokens: {same} (measured).\n",
+        table(("measured", "pyrosome", record["their_engine"], "ours / theirs"), rows),
+        "![rates beside the other engine's](img/peers.svg)\n",
+        table(("tokens", "our cache, B (measured)", "our peak above the model, MB (measured)"), linear),
+    ])  # fmt: skip
+
+
+SECTIONS: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
+    "frontier": ("Long contexts", "python -m bench.frontier", frontier),
+    "peers": ("Beside transformers, on the same weights", "python -m bench.peers", peers),
+}
+
+
+def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """A Markdown table; columns after the first are right-aligned where they hold figures alone."""
+    align = ["---", *("---:" if all(_is_figure(r[i]) for r in rows) else "---" for i in range(1, len(head)))]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in (head, align, *rows))
+
+
+def _is_figure(cell: str) -> bool:
+    return cell == "-" or cell.replace(",", "").replace(".", "").isdigit()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Write the page and its pictures; the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=HERE / "results")
+    parser.add_argument("--docs", type=Path, default=HERE.parent / "docs")
+    args = parser.parse_args(argv)
+    records = last_records(args.results)
+    try:
+        from bench.plots import plots
+    except ImportError as error:
+        raise SystemExit(f"the pictures need matplotlib ({error}): pip install 'pyrosome[bench]'") from None
+    args.docs.mkdir(parents=True, exist_ok=True)
+    written = plots(records, args.docs / "img")
+    (args.docs / "performance.md").write_text(page(records), encoding="utf-8")
+    print(f"{args.docs / 'performance.md'} from {', '.join(records) or 'no records'}, {len(written)} pictures")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
