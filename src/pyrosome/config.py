@@ -392,9 +392,9 @@ def _check_agreement(c: ModelConfig) -> None:
         "heads are cut into o_groups equal groups, so it must divide them",
     )
     need(
-        c.qk_rope_head_dim % 2 == 0 and c.qk_rope_head_dim <= c.head_dim,
+        c.qk_rope_head_dim % 2 == 0 and c.head_dim % 2 == 0 and c.qk_rope_head_dim <= c.head_dim,
         f"qk_rope_head_dim is {c.qk_rope_head_dim} and head_dim is {c.head_dim}",
-        "rotation works on pairs of a head's last channels, so it must be even and no larger than head_dim",
+        "rotation works on pairs of a head's last channels, so both must be even and the first no larger",
     )
     need(
         c.num_experts_per_tok <= c.n_routed_experts,

@@ -23,4 +23,5 @@ OPS = Variable(
     "PYROSOME_OPS", "auto", "version of an op that runs: 'torch', or 'op:version' for single ones, by commas"
 )
 LOG = Variable("PYROSOME_LOG", "WARNING", "level of log lines: DEBUG, INFO, WARNING or ERROR")
-ALL = (OPS, LOG)
+CPU = Variable("PYROSOME_CPU", "auto", "vector instructions of native kernels: auto, portable, avx2 or avx512")
+ALL = (OPS, CPU, LOG)

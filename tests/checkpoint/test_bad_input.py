@@ -12,6 +12,7 @@ import pytest
 from pyrosome.checkpoint.index import open_checkpoint
 from pyrosome.checkpoint.load import read_tensors
 from pyrosome.errors import CheckpointError, MissingTensor, TruncatedFile, UnsupportedFormat
+from pyrosome.llm import load_model
 from tests.checkpoint.files import INDEX, SHARD, copied, read_entries, rewrite, split, write_index, write_raw
 
 ONE = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
@@ -342,6 +343,15 @@ def test_a_repaired_file_reads_anew(golden: Path) -> None:
 def rewrite_from(directory: Path, entries: dict[str, Any]) -> None:
     write_raw(directory / SHARD, {})
     rewrite(directory, entries)
+
+
+@pytest.mark.parametrize("expert", [-1, 4, 2**40])
+def test_a_table_that_names_an_expert_there_is_not(golden: Path, expert: int) -> None:
+    name = "layers.0.ffn.gate.tid2eid"
+    dtype, shape, data = read_entries(golden / SHARD)[name]
+    rewrite(golden, {name: (dtype, shape, data[:80] + expert.to_bytes(8, "little", signed=True) + data[88:])})
+    with pytest.raises(CheckpointError, match=rf"{name}.*{expert}.*0 to 3"):
+        load_model(golden)
 
 
 def test_a_name_nobody_has(golden: Path) -> None:

@@ -3,13 +3,28 @@
 Everything here runs through the cached, ragged forward; `test_spans_are_really_run` counts the forwards.
 """
 
+import contextlib
+
 import pytest
 import torch
 
 from pyrosome.model.step import Span, Step
+from pyrosome.ops.seam import OPS, use
 from tests.golden.vectors import assert_logits, ids, model, vectors
 
 BF16, QUANT = "bf16_vectors", "fp8fp4_vectors"
+
+
+@pytest.fixture(autouse=True, params=["chosen", "definitions"])
+def versions(request):
+    """Everything once as this machine would run it, and once by the definitions alone."""
+    ops = list(OPS.values()) if request.param == "definitions" else []
+    with contextlib.ExitStack() as forced:
+        for op in ops:
+            forced.enter_context(use(op, "torch"))
+        yield request.param
+
+
 stored_or_unpacked = pytest.mark.parametrize("unpack", [False, True], ids=["stored", "unpacked"])
 
 

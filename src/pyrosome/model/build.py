@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from pyrosome.checkpoint.index import CheckpointIndex
 from pyrosome.checkpoint.load import read_tensors
 from pyrosome.config import ModelConfig
+from pyrosome.errors import CheckpointError
 from pyrosome.model.deepseek_v4 import DeepseekV4
 from pyrosome.model.layers import Weight
 from pyrosome.model.mtp import MTPStage
@@ -90,6 +91,18 @@ def fill(
         _place(model, name, _own(value, torch.device(device)), unpack)
 
 
+def _table(name: str, value: Tensor | QuantTensor, num_experts: int) -> Tensor:
+    """A hash layer's table of experts by token id, held to the experts there are."""
+    assert isinstance(value, Tensor)  # the inventory allows integers only
+    low, high = int(value.min()), int(value.max())
+    if low < 0 or high >= num_experts:
+        raise CheckpointError(
+            f"{name} names experts {low} to {high}, and there are experts 0 to {num_experts - 1}; download its shard "
+            "again"
+        )
+    return value.long()
+
+
 def _own(value: Tensor | QuantTensor, device: torch.device) -> Tensor | QuantTensor:
     if isinstance(value, QuantTensor):
         return QuantTensor(value.format, _own(value.data, device), _own(value.scale, device))  # type: ignore[arg-type]
@@ -106,7 +119,7 @@ def _place(model: DeepseekV4, name: str, value: Tensor | QuantTensor, unpack: bo
     if isinstance(module, Weight):
         module.assign(value, model.numerics, unpack=unpack)
     elif leaf in dict(module.named_buffers(recurse=False)):
-        setattr(module, leaf, value)
+        setattr(module, leaf, _table(name, value, model.config.n_routed_experts))
     else:  # small vectors and float32 matrices: their maths is float32 whatever they are stored in
         small = value.dequantize(torch.float32) if isinstance(value, QuantTensor) else value.float()
         setattr(module, leaf, nn.Parameter(small, requires_grad=False))

@@ -2,7 +2,7 @@
 
 An op is written once, in plain torch, as the definition of what it means.
 Faster versions register beside it and say when they apply.  The choice is made
-once per (device, weight or cache format, gradients on), remembered, and the
+once per (device, dtype, weight or cache format, gradients on), remembered, and the
 reasons for every version that was passed over are kept for `pyrosome doctor`.
 A version that is asked for by name and cannot run is an error, never a silent
 definition.
@@ -34,6 +34,7 @@ class Place(NamedTuple):
     capability: tuple[int, int]  # (0, 0) on CPU
     format: str  # of the weight or cache the op reads; "" for plain tensors
     grad: bool
+    dtype: str = "float32"  # of the first argument
 
 
 class Kernel(NamedTuple):
@@ -41,6 +42,13 @@ class Kernel(NamedTuple):
     when: Callable[[Place], str]  # "" where it applies, else the reason why not
     load: Callable[[], Callable[..., Any]]
     has_backward: bool
+
+
+class Version(NamedTuple):
+    """What an op runs at some place: the definition, named "torch", or a kernel under its own name."""
+
+    name: str
+    run: Callable[..., Any]
 
 
 class Op:
@@ -56,21 +64,21 @@ class Op:
         self.kernels: list[Kernel] = []
         self.choice = _choice_from_env(self.name)
         self.passed_over: dict[Place, list[str]] = {}
-        self._picked: dict[tuple[torch.device, str, bool], Callable[..., Any]] = {}
+        self._picked: dict[tuple[torch.device, torch.dtype, str, bool], Callable[..., Any]] = {}
         OPS[self.name] = self
 
     def kernel(self, name: str, when: Callable[[Place], str], *, has_backward: bool = False) -> Callable[..., Any]:
         """Register a loader.  It runs once, on first use; failing to load is a recorded reason."""
 
         def register(load: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
-            self.kernels.append(Kernel(name, when, load, has_backward))
+            self.kernels.append(Kernel(name, when, functools.cache(load), has_backward))
             self._picked.clear()
             return load
 
         return register
 
-    def pick(self, place: Place) -> Callable[..., Any]:
-        """The callable for `place`.
+    def pick(self, place: Place) -> Version:
+        """What runs at `place`.
 
         Raises:
             RuntimeError: a kernel was asked for by name and cannot run there.
@@ -85,25 +93,29 @@ class Op:
                 reasons.append(f"{k.name}: {why_not}")
             else:
                 try:
-                    return k.load()
+                    return Version(k.name, k.load())
                 except (ImportError, OSError) as error:
                     log.warning("%s: the %s kernel did not load: %s", self.name, k.name, error)
                     reasons.append(f"{k.name}: {error}")
         if self.choice not in ("auto", "torch"):
             raise RuntimeError(f"{self.name}: {self.choice!r} was asked for and cannot run at {place}: {reasons}")
-        return self.definition
+        return Version("torch", self.definition)
 
     def chosen(self, *args: Any) -> str:
         """Name of what a call with these arguments runs: tests and `doctor` assert on it."""
-        run = self.pick(place_of(*args[:2]))
-        return "torch" if run is self.definition else run.__module__.rpartition(".")[2]
+        return self.pick(place_of(*args[:2])).name
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # A step makes hundreds of calls: the remembered choice is found by what is at hand, without building a Place.
-        key = args[0].device, getattr(args[1], "format", "") if len(args) > 1 else "", torch.is_grad_enabled()
+        key = (
+            args[0].device,
+            args[0].dtype,
+            getattr(args[1], "format", "") if len(args) > 1 else "",
+            torch.is_grad_enabled(),
+        )
         run = self._picked.get(key)
         if run is None:
-            run = self._picked[key] = self.pick(place_of(*args[:2]))
+            run = self._picked[key] = self.pick(place_of(*args[:2])).run
         return run(*args, **kwargs)
 
 
@@ -120,6 +132,7 @@ def place_of(x: Any, stored: Any = None) -> Place:
         _capability(device.type, device.index or 0),
         getattr(stored, "format", ""),
         torch.is_grad_enabled(),
+        str(x.dtype).removeprefix("torch."),
     )
 
 
@@ -137,7 +150,7 @@ def use(op: Op, choice: str) -> Iterator[None]:
 
 def _choice_from_env(name: str) -> str:
     spec: dict[str, str] = {}
-    for part in env.OPS.get().split(","):
+    for part in filter(None, map(str.strip, env.OPS.get().split(","))):
         op, _, version = part.rpartition(":")
         spec[op] = version
     return spec.get(name, spec.get("", "auto"))

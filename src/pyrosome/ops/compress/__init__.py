@@ -7,11 +7,13 @@ windows overlap), P pooling ratio, W window width (P, or 2 P).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from pyrosome.ops import native
 from pyrosome.ops.seam import Op
 
 # Gathered elements held at once: a definition works in tiles, so that a long prefill does not take gigabytes.
@@ -87,3 +89,10 @@ def _compress(
     kv_MWE = kv_MWE.masked_fill(absent_MW1, 0.0)
     rows_MD = (kv_MWE * gate_MWE.softmax(dim=1)).sum(dim=1)
     return torch.where(real_M1, rows_MD, 0.0)
+
+
+@compress.kernel("cpu", native.why_not)
+def _cpu() -> Callable[..., Tensor]:
+    from pyrosome.ops.compress import cpu
+
+    return native.ready(cpu.compress)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pyrosome.ops import native
 from pyrosome.ops.linear import dense
 from pyrosome.ops.seam import Op
 from pyrosome.quant import QuantTensor
@@ -33,6 +34,7 @@ class ExpertWeights(NamedTuple):
     prepare: Prepare
 
 
+@Op
 def clamped_swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
     """silu(min(gate, limit)) x clamp(up, -limit, limit): the gate is clamped from above only (official code)."""
     return F.silu(gate.clamp(max=limit)) * up.clamp(-limit, limit)
@@ -53,7 +55,7 @@ def routed_experts(x_TD: Tensor, bank: ExpertWeights, expert_TK: Tensor, weight_
     prepared_TD = bank.prepare(x_TD).to(wide)
     weight_N = weight_TK.to(wide).flatten()
     G = plan.expert_G.shape[0]
-    at_once = G if torch.is_grad_enabled() else max(1, TILE_ELEMENTS // (3 * D * bank.w1.shape[1]))
+    at_once = max(1, G) if torch.is_grad_enabled() else max(1, TILE_ELEMENTS // (3 * D * bank.w1.shape[1]))
     outs = []
     for g in range(0, G, at_once):
         tile = slice(g, g + at_once)
@@ -103,3 +105,17 @@ def _tiles(expert_TK: Tensor, num_experts: int, rows: int) -> _Tiles:
 def _pick(weight: Tensor | QuantTensor, expert_G: Tensor, dtype: torch.dtype) -> Tensor:
     picked = weight.index_select(expert_G) if isinstance(weight, QuantTensor) else weight.index_select(0, expert_G)
     return dense(picked, dtype)
+
+
+@routed_experts.kernel("cpu", native.why_not)
+def _cpu() -> Callable[..., Tensor]:
+    from pyrosome.ops.experts import cpu
+
+    return native.ready(cpu.routed_experts)
+
+
+@clamped_swiglu.kernel("cpu", native.why_not)
+def _clamped_swiglu_cpu() -> Callable[..., Tensor]:
+    from pyrosome.ops.experts import cpu
+
+    return native.ready(cpu.clamped_swiglu)

@@ -7,10 +7,13 @@ Source: DeepSeek-V4 report, section on mHC, and the official inference code (ori
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from pyrosome.ops import native
+from pyrosome.ops.linear import linear
 from pyrosome.ops.seam import Op
 
 
@@ -82,8 +85,29 @@ def _mix(streams_TJD: Tensor, fn: Tensor, norm_eps: float) -> tuple[Tensor, Tens
     """fn applied to all streams at once, divided by one RMS over all J x D values of the token."""
     wide_TJD = streams_TJD.to(torch.promote_types(streams_TJD.dtype, torch.float32))
     flat = wide_TJD.flatten(1)
-    return wide_TJD, (flat @ fn.t()) * torch.rsqrt(flat.square().mean(-1, keepdim=True) + norm_eps)
+    return wide_TJD, linear(flat, fn) * torch.rsqrt(flat.square().mean(-1, keepdim=True) + norm_eps)
 
 
 def _collapse(weight_TJ: Tensor, wide_TJD: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.bmm(weight_TJ[:, None], wide_TJD)[:, 0].to(dtype)
+
+
+@hyper_connection_in.kernel("cpu", native.why_not)
+def _in_cpu() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    from pyrosome.ops.hyper_connection import cpu
+
+    return native.ready(cpu.hyper_connection_in)
+
+
+@hyper_connection_out.kernel("cpu", native.why_not)
+def _out_cpu() -> Callable[..., Tensor]:
+    from pyrosome.ops.hyper_connection import cpu
+
+    return native.ready(cpu.hyper_connection_out)
+
+
+@hyper_connection_head.kernel("cpu", native.why_not)
+def _hyper_connection_head_cpu() -> Callable[..., Tensor]:
+    from pyrosome.ops.hyper_connection import cpu
+
+    return native.ready(cpu.hyper_connection_head)

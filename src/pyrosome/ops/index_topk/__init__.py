@@ -5,11 +5,12 @@ Shape letters: T tokens, H index heads, C index head dim, N rows scored at once,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from pyrosome.ops import native
 from pyrosome.ops.rows import RowSource
 from pyrosome.ops.seam import Op
 
@@ -84,6 +85,13 @@ def rank_score(rank: Tensor) -> Tensor:
     return bits.to(torch.int32).view(torch.float32)
 
 
+@Op
+def index_scores(q_THC: Tensor, keys_NC: Tensor, weight_TH: Tensor) -> Tensor:
+    """Scores [T, N] of every key for every query: sum_h weight_h relu(q_h . k)."""
+    product_MN = (q_THC.flatten(0, 1) @ keys_NC.t()).relu_()
+    return torch.bmm(weight_TH[:, None], product_MN.unflatten(0, q_THC.shape[:2]))[:, 0]
+
+
 def _score_tiles(
     q_THC: Tensor, keys_BNC: Tensor, weight_TH: Tensor, layout: Sequence[tuple[int, int]]
 ) -> Iterator[tuple[slice, Tensor]]:
@@ -93,8 +101,7 @@ def _score_tiles(
     for b, (first, last) in enumerate(layout):
         for t in range(first, last, tile):
             rows = slice(t, min(t + tile, last))
-            product_MN = (q_THC[rows].flatten(0, 1) @ keys_BNC[b].t()).relu_()
-            yield rows, torch.bmm(weight_TH[rows, None], product_MN.unflatten(0, (-1, H)))[:, 0]
+            yield rows, index_scores(q_THC[rows], keys_BNC[b], weight_TH[rows])
 
 
 def _scores_at(q_THC: Tensor, keys: RowSource, weight_TH: Tensor, index_TK: Tensor) -> Tensor:
@@ -109,3 +116,10 @@ def _scores_at(q_THC: Tensor, keys: RowSource, weight_TH: Tensor, index_TK: Tens
         product_THK = torch.bmm(q_THC[rows], keys_TKC.transpose(1, 2)).relu()
         parts.append(torch.bmm(weight_TH[rows, None], product_THK)[:, 0])
     return torch.cat(parts).masked_fill(index_TK < 0, float("-inf"))
+
+
+@index_scores.kernel("cpu", native.why_not)
+def _cpu() -> Callable[..., Tensor]:
+    from pyrosome.ops.index_topk import cpu
+
+    return native.ready(cpu.index_scores)

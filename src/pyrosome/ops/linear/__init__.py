@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from pyrosome.errors import UnsupportedFormat
+from pyrosome.ops import native
 from pyrosome.ops.seam import Op
 from pyrosome.quant import QuantTensor
 
@@ -40,3 +43,17 @@ def grouped_linear(x_TGK: Tensor, weight_NK: Tensor | QuantTensor) -> Tensor:
     weight_GOK = dense(weight_NK, wide).unflatten(0, (x_TGK.shape[1], -1))
     out_GTO = torch.bmm(x_TGK.to(wide).transpose(0, 1), weight_GOK.transpose(1, 2))
     return out_GTO.transpose(0, 1).to(x_TGK.dtype)
+
+
+@linear.kernel("cpu", native.why_not)
+def _linear_cpu() -> Callable[..., Tensor]:
+    from pyrosome.ops.linear import cpu
+
+    return native.ready(cpu.linear)
+
+
+@grouped_linear.kernel("cpu", native.why_not)
+def _grouped_linear_cpu() -> Callable[..., Tensor]:
+    from pyrosome.ops.linear import cpu
+
+    return native.ready(cpu.grouped_linear)

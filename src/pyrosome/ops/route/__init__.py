@@ -5,11 +5,15 @@ Shape letters: T tokens, E routed experts, K experts per token.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pyrosome.ops import native
 from pyrosome.ops.index_topk import rank_index, rank_key
+from pyrosome.ops.linear import linear
 from pyrosome.ops.seam import Op
 
 
@@ -17,7 +21,13 @@ from pyrosome.ops.seam import Op
 def route_scores(x_TD: Tensor, gate_ED: Tensor) -> Tensor:
     """Affinities s = sqrt(softplus(W_g x)), [T, E] in promote(x, float32) (DeepSeek-V4 report, MoE)."""
     wide = torch.promote_types(x_TD.dtype, torch.float32)
-    return F.softplus(F.linear(x_TD.to(wide), gate_ED.to(wide))).sqrt()
+    return affinity(linear(x_TD.to(wide), gate_ED))  # type: ignore[no-any-return]
+
+
+@Op
+def affinity(logit_TE: Tensor) -> Tensor:
+    """sqrt(softplus(x)), elementwise."""
+    return F.softplus(logit_TE).sqrt()
 
 
 def choose_experts(score_TE: Tensor, bias_E: Tensor, num_chosen: int) -> Tensor:
@@ -33,3 +43,10 @@ def expert_weights(score_TE: Tensor, expert_TK: Tensor, scale: float) -> Tensor:
     """Weights [T, K]: the chosen experts' unbiased scores, normalised to sum to `scale`."""
     chosen_TK = score_TE.gather(1, expert_TK)
     return chosen_TK / chosen_TK.sum(1, keepdim=True) * scale
+
+
+@affinity.kernel("cpu", native.why_not)
+def _affinity_cpu() -> Callable[..., Tensor]:
+    from pyrosome.ops.route import cpu
+
+    return native.ready(cpu.affinity)

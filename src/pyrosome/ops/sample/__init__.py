@@ -75,7 +75,8 @@ def distribution(logits_V: Tensor, params: SamplingParams) -> Tensor:
 
     Ties at the edge of top-k and top-p go to the lowest id.  At least one token always remains.
     """
-    probs_V = (logits_V.double() / params.temperature).softmax(-1)
+    logits_V = logits_V.double()
+    probs_V = ((logits_V - logits_V.max()) / params.temperature).softmax(-1)  # shifted: a tiny temperature overflows
     keep_V = torch.ones_like(probs_V, dtype=torch.bool)
     if 0 < params.top_k < probs_V.numel() or params.top_p < 1:
         ordered_V, order_V = probs_V.sort(descending=True, stable=True)
@@ -86,6 +87,7 @@ def distribution(logits_V: Tensor, params: SamplingParams) -> Tensor:
             within = ordered_V * kept
             # A token stays while those before it hold less than top_p of what top-k left.
             kept &= within.cumsum(0) - within < params.top_p * within.sum()
+            kept[0] = True
         keep_V = torch.zeros_like(keep_V).scatter(0, order_V, kept)
     if params.min_p > 0:
         keep_V &= probs_V >= params.min_p * probs_V.max()

@@ -6,9 +6,12 @@ One row serves as key and value of every head (multi-query).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+from pyrosome.ops import native
 from pyrosome.ops.rope import rope
 from pyrosome.ops.rows import RowSource
 from pyrosome.ops.seam import Op
@@ -66,7 +69,7 @@ def _split(q_THC: Tensor, rows_NC: Tensor, flat_TK: Tensor, real_TK: Tensor) -> 
 
 def _log_mass(mass: Tensor, top: Tensor) -> Tensor:
     """log(mass) + top, and -inf for no mass, with a gradient that is finite there too."""
-    return torch.where(mass > 0, mass.clamp(min=torch.finfo(mass.dtype).tiny).log() + top, float("-inf"))
+    return torch.where(mass == 0, float("-inf"), mass.clamp(min=torch.finfo(mass.dtype).tiny).log() + top)
 
 
 def merge(o_THC: Tensor, lse_TH: Tensor, other_THC: Tensor, other_lse_TH: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,8 +88,28 @@ def finish_attention(parts: list[tuple[Tensor, Tensor]], sink_H: Tensor, rotatio
     The sink is a learned logit with value zero: it enters the denominator only.  The inverse rotation at
     the query's position makes the values' absolute rotation relative (official inference code).
     """
+    return finish(sink_H, rotation_TF, parts)  # type: ignore[no-any-return]
+
+
+@Op
+def finish(sink_H: Tensor, rotation_TF: Tensor, parts: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """`finish_attention`, as an op: its place is read off the sink."""
     o_THC, lse_TH = parts[0]
     for o, lse in parts[1:]:
         o_THC, lse_TH = merge(o_THC, lse_TH, o, lse)
     kept_TH = torch.sigmoid(lse_TH - sink_H)  # exp(lse) / (exp(lse) + exp(sink))
     return rope(o_THC * kept_TH[..., None], rotation_TF, inverse=True)
+
+
+@sparse_attention.kernel("cpu", lambda place: native.why_not(place._replace(format="")))  # a source decodes its rows
+def _sparse_attention_cpu() -> Callable[..., Tensor]:
+    from pyrosome.ops.sparse_attention import cpu
+
+    return native.ready(cpu.sparse_attention)
+
+
+@finish.kernel("cpu", native.why_not)
+def _finish_cpu() -> Callable[..., Tensor]:
+    from pyrosome.ops.sparse_attention import cpu
+
+    return native.ready(cpu.finish)

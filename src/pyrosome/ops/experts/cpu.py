@@ -1,0 +1,53 @@
+"""`routed_experts` by the native library: pairs sorted by expert there, so that each expert's weights are read once."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from pyrosome.ops import native
+
+if TYPE_CHECKING:
+    from pyrosome.ops.experts import ExpertWeights
+
+
+def routed_experts(x_TD: Tensor, bank: ExpertWeights, expert_TK: Tensor, weight_TK: Tensor, limit: float) -> Tensor:
+    """As the definition, for float32 x.
+
+    Raises:
+        IndexError: a token was routed to an expert there is not.
+    """
+    lib, threads = native.library(), native.threads()
+    (T, K), (E, inner, D) = expert_TK.shape, bank.w1.shape
+    expert_TK, weight_TK = expert_TK.contiguous(), weight_TK.float().contiguous()
+    order, first = expert_TK.new_empty(T * K), expert_TK.new_empty(E + 1)
+    if (pair := lib.pyrosome_experts_plan(expert_TK.data_ptr(), T * K, E, order.data_ptr(), first.data_ptr())) >= 0:
+        raise IndexError(f"a token was routed to expert {expert_TK.flatten()[pair]} of {E}")
+    (kind1, w1, s1), (kind3, w3, s3), (kind2, w2, s2) = map(native.stored, (bank.w1, bank.w3, bank.w2))
+    x_TD = bank.prepare(x_TD).contiguous()
+    h_RI = torch.zeros(T * K, inner)  # rows past the last pair stay zero
+    lib.pyrosome_experts_up(
+        x_TD.data_ptr(), K, order.data_ptr(), first.data_ptr(), E, weight_TK.data_ptr(), kind1, w1.data_ptr(), _at(s1),
+        kind3, w3.data_ptr(), _at(s3), h_RI.data_ptr(), D, inner, limit, threads,
+    )  # fmt: skip
+    h_RI = bank.prepare(h_RI).contiguous()
+    y_TD = x_TD.new_empty(T, D)
+    lib.pyrosome_experts_down(
+        h_RI.data_ptr(), T, K, order.data_ptr(), first.data_ptr(), E, kind2, w2.data_ptr(), _at(s2),
+        y_TD.data_ptr(), D, inner, threads,
+    )  # fmt: skip
+    return y_TD
+
+
+def _at(scale: Tensor | None) -> int:
+    return scale.data_ptr() if scale is not None else 0
+
+
+def clamped_swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
+    """As the definition, for float32 inputs."""
+    gate, up = gate.contiguous(), up.contiguous()
+    out = torch.empty_like(gate)
+    native.library().pyrosome_swiglu(gate.data_ptr(), up.data_ptr(), out.data_ptr(), out.numel(), limit)
+    return out

@@ -1,0 +1,282 @@
+"""The native kernels: equal to their definitions, and a row's bits the same in any company, level and threads."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from pyrosome.ops import native
+from pyrosome.ops.compress import Emit, compress
+from pyrosome.ops.experts import ExpertWeights, clamped_swiglu, routed_experts
+from pyrosome.ops.hyper_connection import hyper_connection_head, hyper_connection_in, hyper_connection_out
+from pyrosome.ops.index_topk import index_scores
+from pyrosome.ops.linear import grouped_linear, linear
+from pyrosome.ops.rope import rope, rotation, turns
+from pyrosome.ops.route import affinity
+from pyrosome.ops.rows import UnitedRows
+from pyrosome.ops.seam import OPS, Place
+from pyrosome.ops.sparse_attention import finish, sparse_attention
+from pyrosome.quant import FORMATS, QuantTensor, simulate_fp8
+
+try:
+    native.library()
+except OSError as error:
+    pytest.skip(f"no native library here: {error}", allow_module_level=True)
+
+SIZES = (1, 2, 3, 4, 5, 63, 64, 130)
+LARGEST = max(SIZES)
+HIGHEST = native.LEVELS.index(native.level())
+
+
+@pytest.fixture(autouse=True)
+def no_grad():
+    with torch.no_grad():
+        yield
+    native.library().pyrosome_force_level(-1)
+
+
+def noise(*shape, seed=0, scale=1.0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def integers(high, *shape, low=0, seed=0):
+    return torch.randint(low, high, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def stored(name, *shape, seed=1):
+    values = noise(*shape, seed=seed, scale=shape[-1] ** -0.5)
+    if name in FORMATS:
+        return QuantTensor(name, *FORMATS[name].quantize(values))
+    return values.to({"f32": torch.float32, "bf16": torch.bfloat16}[name])
+
+
+def bank(name, experts=5, inner=96, dim=160):
+    w1, w3, w2 = (stored(name, experts, *s, seed=i) for i, s in enumerate([(inner, dim), (inner, dim), (dim, inner)]))
+    prepare = (lambda x: simulate_fp8(x, 128)) if name in FORMATS else (lambda x: x)
+    return ExpertWeights(w1, w3, w2, prepare)
+
+
+WEIGHTS = ("f32", "bf16", "fp8", "fp4")
+ROWS = noise(300, 80, seed=5)
+
+
+class Source:
+    """Rows as attention reads them; what an index of -1 points at must never count."""
+
+    format, num_rows = "fp8", 300
+
+    def read(self, index):
+        return ROWS, index.clamp(min=0)
+
+
+def attention_index(T):
+    index = integers(300, T, 200, seed=2)
+    return torch.where(torch.arange(200) < integers(200, T, 1, seed=3), index, -1)
+
+
+def emits(T):
+    end = torch.where(torch.arange(T) % 5 == 4, -1, torch.arange(T) * 4 + 3)
+    return Emit(torch.arange(T) * 4 + 3, end, torch.zeros(T, dtype=torch.int64), integers(2, T))
+
+
+# Each case: an op, and its arguments for the first T rows.  The same rows come whatever T is.
+CASES = {
+    **{f"linear {w}": (linear, lambda T, w=w: (noise(LARGEST, 161 if w in ("f32", "bf16") else 160)[:T],
+                                               stored(w, 75, 161 if w in ("f32", "bf16") else 160))) for w in WEIGHTS},
+    **{f"grouped_linear {w}": (grouped_linear, lambda T, w=w: (noise(LARGEST, 3, 64)[:T], stored(w, 3 * 44, 64)))
+       for w in WEIGHTS},
+    **{f"routed_experts {w}": (routed_experts, lambda T, w=w: (
+        noise(LARGEST, 160)[:T], bank(w), integers(5, LARGEST, 3, low=-1)[:T], noise(LARGEST, 3, seed=9)[:T], 1.5))
+       for w in WEIGHTS},
+    "clamped_swiglu": (clamped_swiglu, lambda T: (noise(LARGEST, 7, scale=4)[:T], noise(LARGEST, 7, seed=1)[:T], 1.5)),
+    "hyper_connection_in": (hyper_connection_in, lambda T: (
+        noise(LARGEST, 4, 33)[:T], noise(24, 132, seed=1, scale=0.1), noise(24, seed=2), noise(3, seed=3),
+        1e-6, 1e-6, 20)),
+    "hyper_connection_out": (hyper_connection_out, lambda T: (
+        noise(LARGEST, 4, 33)[:T], noise(LARGEST, 33, seed=1)[:T], noise(LARGEST, 4, seed=2)[:T],
+        noise(LARGEST, 4, 4, seed=3)[:T])),
+    "hyper_connection_head": (hyper_connection_head, lambda T: (
+        noise(LARGEST, 4, 33)[:T], noise(4, 132, seed=1, scale=0.1), noise(4, seed=2), noise(1, seed=3), 1e-6, 1e-6)),
+    "index_scores": (index_scores, lambda T: (
+        noise(LARGEST, 6, 32)[:T], noise(301, 32, seed=1), noise(LARGEST, 6, seed=2)[:T])),
+    "rotation": (turns, lambda T: (noise(9).abs(), (torch.arange(LARGEST) * 7919 - 1)[:T])),
+    "rope": (rope, lambda T: (noise(LARGEST, 3, 34)[:T], rotation(torch.arange(LARGEST), noise(9))[:T])),
+    "rope back": (rope, lambda T: (noise(LARGEST, 34)[:T], rotation(torch.arange(LARGEST), noise(9))[:T], True)),
+    "affinity": (affinity, lambda T: (noise(LARGEST, 7, scale=9)[:T],)),
+    "sparse_attention": (sparse_attention, lambda T: (
+        noise(LARGEST, 6, 80)[:T], Source(), attention_index(LARGEST)[:T])),
+    "finish_attention": (finish, lambda T: (
+        noise(6), rotation(torch.arange(LARGEST), noise(9))[:T],
+        [(noise(LARGEST, 6, 80, seed=i)[:T], noise(LARGEST, 6, seed=7 + i)[:T]) for i in range(2)])),
+    "compress HCA": (compress, lambda T: (
+        noise(4 * LARGEST, 40), noise(4 * LARGEST, 40, seed=1), noise(2, 4, 40, seed=2), noise(2, 4, 40, seed=3),
+        noise(4, 40, seed=4), Emit(*(x[:T] for x in emits(LARGEST))), 4)),
+    "compress CSA": (compress, lambda T: (
+        noise(4 * LARGEST, 80), noise(4 * LARGEST, 80, seed=1), noise(2, 8, 80, seed=2), noise(2, 8, 80, seed=3),
+        noise(4, 80, seed=4), Emit(*(x[:T] for x in emits(LARGEST))), 8)),
+}  # fmt: skip
+each_case = pytest.mark.parametrize("case", CASES)
+
+
+def outputs(case, T, run=None):
+    op, arguments = CASES[case]
+    given = arguments(T)
+    assert op.chosen(*given) == "cpu"
+    out = (run or op)(*given)
+    return [torch.view_as_real(x) if x.is_complex() else x for x in (out if isinstance(out, tuple) else (out,))]
+
+
+@each_case
+def test_a_kernel_is_its_definition(case):
+    for T in (1, LARGEST):
+        for ours, theirs in zip(outputs(case, T), outputs(case, T, CASES[case][0].definition), strict=True):
+            assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
+            torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-5)
+
+
+@each_case
+def test_a_row_has_the_same_bits_in_any_company(case):
+    whole = outputs(case, LARGEST)
+    for T in SIZES:
+        for part, all_rows in zip(outputs(case, T), whole, strict=True):
+            assert torch.equal(part, all_rows[:T]), f"{T} rows"
+
+
+@each_case
+def test_every_level_has_the_same_bits(case):
+    found = []
+    for level in range(HIGHEST + 1):
+        native.library().pyrosome_force_level(level)
+        assert native.level() == native.LEVELS[level]
+        found.append(outputs(case, 67))
+    for other in found[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(other, found[0], strict=True))
+
+
+@each_case
+@pytest.mark.parametrize("threads", [2, 3])
+def test_threads_change_no_bit(case, threads, monkeypatch):
+    alone = outputs(case, LARGEST)
+    monkeypatch.setattr(native, "threads", lambda: threads)
+    assert all(torch.equal(x, y) for x, y in zip(outputs(case, LARGEST), alone, strict=True))
+
+
+def test_every_kernel_has_a_case():
+    import pyrosome.model.mtp  # noqa: F401  # every op of the network registers itself
+
+    with_kernel = {op.name for op in OPS.values() if any(k.name == "cpu" for k in op.kernels)}
+    assert with_kernel == {op.name for op, _ in CASES.values()}
+
+
+@pytest.mark.parametrize("name", ["fp8", "fp4"])
+def test_every_code_is_widened_exactly(name):
+    """A product with the identity is the weight: all 256 bytes, under scales from the least to the largest usable."""
+    size = 256
+    data = torch.arange(256, dtype=torch.uint8).repeat(size, 1)
+    if name == "fp8":
+        data[:, 127], data[:, 255] = 0, 0  # the NaN codes
+        scale = torch.tensor([[1, 127], [200, 100]], dtype=torch.uint8)
+        weight = QuantTensor("fp8", data.view(torch.float8_e4m3fn), scale.view(torch.float8_e8m0fnu))
+    else:
+        scale = integers(240, size, 512 // 32, low=10).to(torch.uint8)
+        weight = QuantTensor("fp4", data.view(torch.int8), scale.view(torch.float8_e8m0fnu))
+    widened = linear(torch.eye(weight.shape[1]), weight).t()
+    assert torch.equal(widened, weight.dequantize())
+
+
+def test_a_nan_code_or_scale_poisons_its_output_and_no_other():
+    data = torch.zeros(3, 64, dtype=torch.uint8)
+    data[1, 5] = 127
+    weight = QuantTensor("fp8", data.view(torch.float8_e4m3fn), torch.full((1, 1), 127, dtype=torch.uint8))
+    out = linear(torch.ones(2, 64), weight)
+    assert out[:, 1].isnan().all() and not out[:, [0, 2]].isnan().any()
+
+
+def test_rows_nobody_asked_for_may_hold_anything():
+    ring, fresh = noise(1, 9, 80), noise(3, 80, seed=1)
+    source = UnitedRows(ring, fresh)
+    index = torch.tensor([[1, 3, -1], [2, -1, -1], [-1, -1, -1]])
+    before = sparse_attention(noise(3, 6, 80), source, index)
+    source.rows_NC[4:] = float("nan")
+    after = sparse_attention(noise(3, 6, 80), source, index)
+    assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
+    assert not before[0][2].any() and torch.equal(before[1][2], torch.full((6,), float("-inf")))
+
+
+def test_where_no_kernel_runs_the_reason_is_told():
+    place = Place("cpu", (0, 0), "", False)
+    assert native.why_not(place) == ""
+    assert "cuda" in native.why_not(place._replace(device="cuda"))
+    assert "float64" in native.why_not(place._replace(dtype="float64"))
+    assert "int4" in native.why_not(place._replace(format="int4"))
+    assert linear.chosen(torch.ones(1, 2, dtype=torch.float64), torch.ones(2, 2)) == "torch"
+
+
+def in_a_process(code, **env):
+    command = [sys.executable, "-c", code]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **env}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+USE = (
+    "import torch\nfrom pyrosome.ops.linear import linear\nfrom pyrosome.ops import native\n"
+    "with torch.no_grad(): y = linear(torch.ones(2, 3), torch.ones(4, 3))\nassert y.eq(3).all()\n"
+)
+
+
+@pytest.mark.parametrize("level", native.LEVELS[: HIGHEST + 1])
+def test_a_level_can_be_asked_for(level):
+    done = in_a_process(USE + "print(native.level())", PYROSOME_CPU=level)
+    assert done.stdout.strip() == level, done.stderr
+
+
+def test_without_a_compiler_the_definitions_run_and_say_so(tmp_path):
+    code = USE + "print(linear.chosen(torch.ones(2), torch.ones(2)))"
+    done = in_a_process("import torch\ntorch.set_grad_enabled(False)\n" + code,
+                        CXX=str(tmp_path / "nothing"), XDG_CACHE_HOME=str(tmp_path))  # fmt: skip
+    assert done.stdout.strip() == "torch" and "did not load" in done.stderr
+    asked = in_a_process(USE, CXX=str(tmp_path / "nothing"), XDG_CACHE_HOME=str(tmp_path), PYROSOME_OPS="linear:cpu")
+    assert asked.returncode and "cannot run" in asked.stderr
+
+
+def test_the_library_is_built_once_for_one_set_of_sources(tmp_path):
+    where = {"XDG_CACHE_HOME": str(tmp_path)}
+    assert in_a_process(USE, **where).returncode == 0
+    (built,) = (tmp_path / "pyrosome" / "native").glob("*/libpyrosome.so")
+    stamp = built.stat().st_mtime_ns
+    assert in_a_process(USE, **where).returncode == 0
+    assert built.stat().st_mtime_ns == stamp
+    assert len(list((tmp_path / "pyrosome" / "native").rglob("*.so"))) == 1  # and no part is left behind
+
+
+def test_an_expert_there_is_not_is_refused():
+    with pytest.raises(IndexError, match="expert 5 of 5"):
+        routed_experts(noise(2, 160), bank("f32"), torch.tensor([[0, 1], [5, 0]]), torch.ones(2, 2), 1.5)
+
+
+def test_rows_of_a_wrong_width_are_refused():
+    with pytest.raises(RuntimeError, match="rows of 3"):
+        linear(torch.ones(2, 3), torch.ones(4, 8))
+
+
+def test_more_streams_than_the_kernel_holds_run_by_the_definition():
+    args = (noise(3, 9, 8), noise(99, 72, scale=0.1), noise(99), noise(3), 1e-6, 1e-6, 3)
+    for ours, theirs in zip(hyper_connection_in(*args), hyper_connection_in.definition(*args), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_forked_child_has_threads_of_its_own():
+    code = (
+        "import os, torch\nfrom pyrosome.ops import native\nfrom pyrosome.ops.linear import linear\n"
+        "native.threads = lambda: 2\nx, w = torch.ones(8, 64), torch.ones(512, 64)\n"
+        "with torch.no_grad():\n"
+        "    linear(x, w)\n"
+        "    child = os.fork()\n"
+        "    assert linear(x, w).eq(64).all()\n"
+        "    if child == 0: os._exit(0)\n"
+        "assert os.waitpid(child, 0)[1] == 0"
+    )
+    done = in_a_process(code)
+    assert done.returncode == 0, done.stderr
