@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from pyrosome.chat import Chat, Message, ToolCall
     from pyrosome.config import ModelConfig
     from pyrosome.errors import CheckpointError, EngineError, PlanError, PyrosomeError, RequestError
     from pyrosome.llm import LLM, LoadedModel, Output, Piece, load_model
@@ -24,6 +25,9 @@ _HOME = {
     "Output": "llm",
     "Piece": "llm",
     "load_model": "llm",
+    "Chat": "chat",
+    "Message": "chat",
+    "ToolCall": "chat",
     "SamplingParams": "options",
     "ModelConfig": "config",
     "PyrosomeError": "errors",
@@ -34,9 +38,11 @@ _HOME = {
 }
 __all__ = [
     "LLM",
+    "Chat",
     "CheckpointError",
     "EngineError",
     "LoadedModel",
+    "Message",
     "ModelConfig",
     "Output",
     "Piece",
@@ -44,6 +50,7 @@ __all__ = [
     "PyrosomeError",
     "RequestError",
     "SamplingParams",
+    "ToolCall",
     "load_model",
 ]
 

@@ -9,7 +9,8 @@ PyrosomeError
 ├── PlanError                the request cannot be met on this machine
 │   └── DoesNotFit
 ├── RequestError             the caller can fix it; a server answers 400
-│   └── ContextTooLong
+│   ├── ContextTooLong
+│   └── chat.InvalidRequest  a body the official API refuses; has its status and body
 └── EngineError              we must fix it; a server answers 500
     └── CacheInvariantBroken
 

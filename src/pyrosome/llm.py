@@ -5,16 +5,21 @@ Shape letters: T tokens, V vocabulary.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyrosome.cache.streams import CachePlan, plan_cache
-from pyrosome.chat import Detokenizer, Tokenizer
+from pyrosome.chat import Chat, Detokenizer, Message, Tokenizer
+from pyrosome.chat.events import Done, Event, Usage
+from pyrosome.chat.prompt import Prompt
 from pyrosome.checkpoint.index import open_checkpoint
 from pyrosome.config import ModelConfig
 from pyrosome.engine.generate import Request, TokenEvent, generate
@@ -199,6 +204,59 @@ class LLM:
         for event in self._run(requests, [text]):
             yield Piece(text.take(), [event.token], event.finish_reason)
 
+    @functools.cached_property
+    def chat_template(self) -> Chat:
+        """How this checkpoint's conversations are written, and its answers read."""
+        return Chat(self.model.path, tokenizer=self.tokenizer)
+
+    def chat(
+        self,
+        messages: Sequence[dict[str, Any]],
+        thinking: str = "high",
+        tools: Sequence[dict[str, Any]] | None = None,
+        params: SamplingParams | None = None,
+    ) -> Message:
+        """Answer a conversation: messages and tools as in chat completions, thinking "off", "low", "high" or "max".
+
+        Without `params` it samples as DeepSeek's API does, up to 8,192 tokens (thinking 65,536, "max" 131,072).
+
+        Raises:
+            RequestError: a message, tool or mode that cannot be rendered; the message says which.
+            ContextTooLong: the conversation is longer than the model's context.
+        """
+        (done,) = (e for e in self.chat_stream(messages, thinking, tools, params) if isinstance(e, Done))
+        return done.message
+
+    def chat_stream(
+        self,
+        messages: Sequence[dict[str, Any]],
+        thinking: str = "high",
+        tools: Sequence[dict[str, Any]] | None = None,
+        params: SamplingParams | None = None,
+    ) -> Iterator[Event]:
+        """As `chat`, event by event, `Done` last; closing the iterator stops the generation."""
+        prompt = self.chat_template.conversation(messages, thinking, tools, stop=params.stop if params else ())
+        limit = min(prompt.max_tokens, max(1, self.model.config.max_position_embeddings - len(prompt.ids)))
+        params = dataclasses.replace(params, stop=()) if params else prompt.sampling_params(max_tokens=limit)
+        (request,) = self._requests([prompt.ids], params)
+        return self._answer(prompt, request)
+
+    def _answer(self, prompt: Prompt, request: Request) -> Iterator[Event]:
+        parser = self.chat_template.parser(prompt)
+        eos = self.model.config.eos_token_id
+        with contextlib.closing(self._events([request], set())) as events:
+            for event in events:
+                if event.token == eos if event.is_end_token else event.token != eos:
+                    yield from parser.feed([event.token])  # the client's own end tokens are no part of the answer
+                # Whatever follows complete tool calls is dropped, so it need not be computed.
+                if parser.finished or parser.calls_closed:
+                    break
+                if event.finish_reason:
+                    yield from parser.flush(event.finish_reason)
+        yield from parser.flush("stop")
+        usage = Usage(len(prompt.ids), parser.completion_tokens, parser.reasoning_tokens)
+        yield Done(parser.close(), usage)
+
     def kv_bytes(self, context: int = 0) -> dict[str, float]:
         """Cache bytes: growth per token, and one sequence of `context` tokens with its state."""
         plan = self.plan_cache(max(context, 1))
@@ -231,15 +289,17 @@ class LLM:
         """Ids of a text prompt, with the beginning-of-sentence id in front, as the model was trained."""
         return [self.model.config.bos_token_id, *self.tokenizer.encode(text)]
 
-    def _run(self, requests: list[Request], texts: list[_Text]) -> Iterator[TokenEvent]:
+    def _events(self, requests: list[Request], stopped: set[int]) -> Generator[TokenEvent, None, None]:
         config = self.model.config
         context = max((len(r.ids) + r.params.max_tokens for r in requests), default=1)
         runner = self.model.runner(
             max(1, min(len(requests), self.max_sequences)), min(context, config.max_position_embeddings)
         )
+        yield from generate(runner, requests, eos_id=config.eos_token_id, step_tokens=self.step_tokens, stopped=stopped)
+
+    def _run(self, requests: list[Request], texts: list[_Text]) -> Iterator[TokenEvent]:
         stopped: set[int] = set()
-        events = generate(runner, requests, eos_id=config.eos_token_id, step_tokens=self.step_tokens, stopped=stopped)
-        for event in events:
+        for event in self._events(requests, stopped):
             if texts[event.request].feed(event):  # a stop string: end this request, and only it
                 event = dataclasses.replace(event, finish_reason="stop")
                 stopped.add(event.request)

@@ -1,0 +1,109 @@
+"""`LLM.chat`: a conversation in, a message out, with the built-in model."""
+
+import pytest
+
+from pyrosome.chat import Message
+from pyrosome.chat.events import Done
+from pyrosome.engine.generate import TokenEvent
+from pyrosome.errors import ContextTooLong, RequestError
+from pyrosome.llm import LLM
+from pyrosome.options import SamplingParams
+
+ASK = [{"role": "user", "content": "hi"}]
+TOOL = {"name": "f", "parameters": {"type": "object", "properties": {"a": {"type": "string"}}}}
+
+
+@pytest.fixture(scope="module")
+def llm():
+    return LLM("builtin:nano")
+
+
+@pytest.fixture
+def scripted(llm, monkeypatch):
+    """The model says what it is told to; what was asked of the engine is kept."""
+    seen = {"closed": 0, "given": 0}
+
+    def say(text, ended=True):
+        ids = llm.tokenizer.encode(text, allow_special=True) + [1] * ended
+
+        def events(requests, stopped):
+            seen["request"] = requests[0]
+            try:
+                for n, token in enumerate(ids):
+                    seen["given"] = n + 1
+                    last = n == len(ids) - 1
+                    reason = None if not last else "stop" if ended else "length"
+                    yield TokenEvent(0, token, {}, reason, token == 1)
+            finally:
+                seen["closed"] += 1
+
+        monkeypatch.setattr(llm, "_events", events)
+        return seen
+
+    return say
+
+
+def test_an_answer_comes_whole_or_in_pieces(llm):
+    params = SamplingParams(max_tokens=10, seed=1)
+    message = llm.chat(ASK, "off", params=params)
+    assert isinstance(message, Message) and message.finish_reason == "length" and not message.reasoning
+    *_, done = llm.chat_stream(ASK, "off", params=params)
+    assert done.message == message
+    assert llm.chat(ASK, "high", params=params).reasoning
+
+
+def test_thoughts_answer_and_calls_are_told_apart(llm, scripted):
+    text = 'hm</think>Look.\n\n<｜DSML｜tool_calls>\n<｜DSML｜invoke name="f">\n'
+    text += '<｜DSML｜parameter name="a" string="true">x</｜DSML｜parameter>\n</｜DSML｜invoke>\n</｜DSML｜tool_calls>'
+    seen = scripted(text + "never computed")
+    message = llm.chat(ASK, "high", [TOOL])
+    assert (message.reasoning, message.content, message.finish_reason) == ("hm", "Look.", "tool_calls")
+    assert [(c.name, c.arguments) for c in message.tool_calls] == [("f", '{"a": "x"}')]
+    assert seen["closed"] == 1 and seen["given"] == len(llm.tokenizer.encode(text, allow_special=True))
+
+
+def test_closing_the_stream_stops_the_generation(llm, scripted):
+    seen = scripted("answer " * 50)
+    stream = llm.chat_stream(ASK, "off")
+    next(stream)
+    stream.close()
+    assert seen["closed"] == 1 and seen["given"] < 5
+
+
+def test_a_stop_string_ends_the_answer_and_not_the_thoughts(llm, scripted):
+    seen = scripted("a STOP b</think>c STOP d")
+    message = llm.chat(ASK, "high", params=SamplingParams(max_tokens=99, stop=("STOP",)))
+    assert (message.reasoning, message.content, message.stop_sequence) == ("a STOP b", "c ", "STOP")
+    assert seen["request"].params.stop == ()
+
+
+def test_own_end_tokens_are_no_part_of_the_answer_and_an_ignored_end_is_none(llm, monkeypatch):
+    x = llm.tokenizer.encode("x")[0]
+
+    def content(*events):
+        monkeypatch.setattr(llm, "_events", lambda requests, stopped: (e for e in events))
+        message = llm.chat(ASK, "off")
+        return message.content, message.finish_reason
+
+    assert content(TokenEvent(0, x, {}, None), TokenEvent(0, x, {}, "stop", True)) == ("x", "stop")
+    ignored = TokenEvent(0, 1, {}, None)
+    assert content(TokenEvent(0, x, {}, None), ignored, TokenEvent(0, x, {}, "length")) == ("xx", "length")
+
+
+def test_defaults_are_those_of_the_mode(llm, scripted):
+    for thinking, most in (("off", 8192), ("low", 65536), ("high", 65536), ("max", 131072)):
+        seen = scripted("</think>x")
+        done = list(llm.chat_stream(ASK, thinking))[-1]
+        assert isinstance(done, Done) and seen["request"].params.max_tokens == most
+        assert done.usage.prompt_tokens == len(seen["request"].ids)
+
+
+def test_what_cannot_be_answered_is_refused_before_anything_runs(llm):
+    with pytest.raises(RequestError, match="loud"):
+        llm.chat_stream(ASK, "loud")
+    with pytest.raises(RequestError, match="Empty input messages"):
+        llm.chat([])
+    with pytest.raises(RequestError):
+        llm.chat([{"role": "robot", "content": "x"}])
+    with pytest.raises((ContextTooLong, RequestError)):
+        llm.chat([{"role": "user", "content": "x" * (1 << 20)}], params=SamplingParams(max_tokens=1))
