@@ -1,5 +1,7 @@
 """On the native kernels routes agree to the last bit: both arithmetics, every format of rows and of weights."""
 
+import ctypes
+
 import pytest
 import torch
 
@@ -114,4 +116,26 @@ def test_more_threads_change_no_bit(monkeypatch):
     m, prompt = model("fp8fp4", "trained", "fp8"), ids("fp8fp4")
     alone = m.logits(prompt, cuts=[100])
     monkeypatch.setattr(native, "threads", lambda: 3)
-    assert torch.equal(m.logits(prompt, cuts=[7, 200]), alone)
+    native.library().pyrosome_set_grain(ctypes.c_int64(1))  # or such a small network would stay on one thread
+    try:
+        assert torch.equal(m.logits(prompt, cuts=[7, 200]), alone)
+    finally:
+        native.library().pyrosome_set_grain(ctypes.c_int64(0))
+
+
+def test_a_step_leaves_torch_its_threads():
+    """Within a step only the kernels use several threads; after it, also after one that failed, torch has its own."""
+    before, seen = torch.get_num_threads(), []
+    m = model("fp8fp4")
+    hook = m.network.register_forward_hook(lambda *_: seen.append((torch.get_num_threads(), native.threads())))
+    torch.set_num_threads(2)
+    try:
+        m.logits(ids("fp8fp4")[:5])
+        assert torch.get_num_threads() == native.threads() == 2
+        with pytest.raises(ZeroDivisionError), native.one_pool():
+            _ = 1 // 0
+        assert torch.get_num_threads() == native.threads() == 2
+    finally:
+        hook.remove()
+        torch.set_num_threads(before)
+    assert seen == [(1, 2)]

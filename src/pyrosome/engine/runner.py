@@ -16,6 +16,7 @@ from pyrosome.errors import RequestError
 from pyrosome.model.build import Network
 from pyrosome.model.mtp import keep_streams, streams_at
 from pyrosome.model.step import Span, Step
+from pyrosome.ops import native
 
 
 @dataclasses.dataclass(eq=False)
@@ -68,13 +69,13 @@ class Runner:
             ContextTooLong: a sequence would outgrow the pool.
         """
         step = self._admit(spans)
-        streams = self.model(step, cache=self.pool.layers(step)).streams
-        if self.has_drafts:
-            keep_streams(step, streams, self.pool.draft_hidden)
+        with native.one_pool():
+            streams = self.model(step, cache=self.pool.layers(step)).streams
+            if self.has_drafts:
+                keep_streams(step, streams, self.pool.draft_hidden)
+            logits = self.model.logits(streams if every_row else streams[step.last_token_B()])
         self._commit(spans)
-        if every_row:
-            return list(self.model.logits(streams).split([len(ids) for _, ids in spans]))
-        return list(self.model.logits(streams[step.last_token_B()]))
+        return list(logits.split([len(ids) for _, ids in spans]) if every_row else logits)
 
     @torch.inference_mode()
     def step_with_drafts(self, sequence: Sequence, ids: Items[int]) -> Tensor:
@@ -82,6 +83,10 @@ class Runner:
 
         Returns: float32 [n, V], the stage's logits at positions start - 1 (0 at the beginning) to the last but one.
         """
+        with native.one_pool():
+            return self._step_with_drafts(sequence, ids)
+
+    def _step_with_drafts(self, sequence: Sequence, ids: Items[int]) -> Tensor:
         start = sequence.length
         spans = [(sequence, ids)]
         step = self._admit(spans)

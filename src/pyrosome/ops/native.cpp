@@ -23,6 +23,16 @@ Level level() {
     return asked >= 0 && asked < found ? static_cast<Level>(asked) : found;
 }
 
+static std::atomic<int64_t> grain{1 << 18};
+
+int worth(int64_t operations, int threads) {
+    const int64_t most = 1 + operations / grain.load(std::memory_order_relaxed);
+    return static_cast<int>(most < threads ? most : threads);
+}
+
+// Operations that are worth a thread (tests make it small, to have many).
+EXPORT void pyrosome_set_grain(int64_t operations) { grain = operations > 0 ? operations : 1 << 18; }
+
 EXPORT int pyrosome_level() { return level(); }
 EXPORT void pyrosome_force_level(int asked) { forced = asked; }
 

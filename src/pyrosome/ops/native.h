@@ -36,5 +36,8 @@ const float* widened(const Stored& w, int64_t n0, int64_t n1, int64_t K, float* 
 // y[m, n0..n1] for M rows of x given by address; `w` holds rows n0..n1.  The order above.
 void dot_block(const float* const* x, const float* w, float* const* y, int64_t M, int64_t n0, int64_t n1, int64_t K);
 
+// As many of `threads` as have enough to do: a thread that is woken for less costs more than it brings.
+int worth(int64_t operations, int threads);
+
 // Runs part(i) for i in [0, parts) on up to `threads` threads of one pool; the caller takes a share.
 void parallel(int64_t parts, int threads, const std::function<void(int64_t)>& part);

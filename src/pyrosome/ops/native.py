@@ -6,6 +6,7 @@ them builds anew and nothing stale is ever loaded.  Which vector instructions ru
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -14,7 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -150,8 +151,32 @@ def _compile(compiler: str, target: Path) -> None:
 
 
 def threads() -> int:
-    """As many as torch uses: one setting for both."""
-    return torch.get_num_threads()
+    """As many as torch was told to use: one setting for both."""
+    return _lent or torch.get_num_threads()
+
+
+_lent = 0  # threads that torch has given up for the time being
+
+
+@contextlib.contextmanager
+def one_pool() -> Iterator[None]:
+    """Within, only the kernels use several threads.
+
+    torch's own would go on spinning for a while after each of its small operations, on the cores the kernels' threads
+    are waiting for: two pools that share two cores made a step five times slower than one thread alone.
+    """
+    global _lent
+    count = torch.get_num_threads()
+    if _lent or count == 1 or not isinstance(_library(), ctypes.CDLL):
+        yield
+        return
+    _lent = count
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(count)
+        _lent = 0
 
 
 def stored(weight: Tensor | QuantTensor) -> tuple[int, Tensor, Tensor | None]:

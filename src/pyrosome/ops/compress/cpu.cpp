@@ -11,6 +11,7 @@ EXPORT void pyrosome_compress(const float* kv, const float* gate, const float* t
                               const float* bias, const int64_t* token, const int64_t* end, const int64_t* start,
                               const int64_t* slot, float* out, int64_t M, int64_t E, int64_t D, int64_t P, int64_t R,
                               int64_t width, int threads) {
+    threads = worth(8 * M * width * D, threads);
     parallel(M, threads, [&](int64_t m) {
         float* row = out + m * D;
         std::fill(row, row + D, 0.0f);

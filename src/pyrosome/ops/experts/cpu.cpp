@@ -52,6 +52,7 @@ EXPORT int64_t pyrosome_experts_plan(const int64_t* expert, int64_t P, int64_t E
 EXPORT void pyrosome_experts_up(const float* x, int64_t K, const int64_t* order, const int64_t* first, int64_t E,
                                 const float* weight, int format1, const void* w1, const uint8_t* s1, int format3,
                                 const void* w3, const uint8_t* s3, float* h, int64_t D, int64_t I, float limit, int threads) {
+    threads = worth(2 * first[E] * D * I, threads);
     const Bank gate{{format1, w1, s1}, I, D}, up{{format3, w3, s3}, I, D};
     each_tile(first, E, I, threads, [&](int64_t e, int64_t n0, int64_t n1) {
         const int64_t M = first[e + 1] - first[e], N = n1 - n0;
@@ -80,6 +81,7 @@ EXPORT void pyrosome_experts_up(const float* x, int64_t K, const int64_t* order,
 EXPORT void pyrosome_experts_down(const float* h, int64_t T, int64_t K, const int64_t* order, const int64_t* first,
                                   int64_t E, int format, const void* w2, const uint8_t* s2, float* y, int64_t D,
                                   int64_t I, int threads) {
+    threads = worth(first[E] * D * I, threads);
     const Bank down{{format, w2, s2}, D, I};
     std::vector<float> pairs(T * K * D);
     std::vector<uint8_t> real(T * K, 0);

@@ -44,6 +44,7 @@ EXPORT void pyrosome_hyper_connection_in(const float* streams, const float* fn, 
                                          float* u, float* post, float* comb, int64_t T, int J,
                                          int64_t D, float norm_eps, float hc_eps, int iters, int threads) {
     const int wide = (2 + J) * J;
+    threads = worth((wide + 2) * T * J * D, threads);
     const int64_t strips = std::min<int64_t>(threads, T);
     parallel(strips, threads, [&](int64_t s) {
         const int64_t t0 = T * s / strips, t1 = T * (s + 1) / strips;
@@ -78,6 +79,7 @@ EXPORT void pyrosome_hyper_connection_in(const float* streams, const float* fn, 
 
 EXPORT void pyrosome_hyper_connection_out(const float* streams, const float* o, const float* post, const float* comb,
                                           float* out, int64_t T, int J, int64_t D, int threads) {
+    threads = worth(T * J * (J + 1) * D, threads);
     const int64_t strips = std::min<int64_t>(threads, T);
     parallel(strips, threads, [&](int64_t s) {
         for (int64_t t = T * s / strips; t < T * (s + 1) / strips; ++t)

@@ -6,6 +6,7 @@
 
 EXPORT void pyrosome_index_scores(const float* q, const float* keys, const float* weight, float* score, int64_t T,
                                   int64_t H, int64_t C, int64_t N, int64_t lds, int threads) {
+    threads = worth(T * H * C * N, threads);
     const int64_t tile = 256, tiles = (N + tile - 1) / tile;  // products of one token and one tile stay in a cache
     parallel(T * tiles, threads, [&](int64_t part) {
         const int64_t t = part / tiles, n0 = part % tiles * tile, n1 = std::min(N, n0 + tile);

@@ -209,6 +209,7 @@ void dot_block(const float* const* x, const float* w, float* const* y, int64_t M
 // G products of one shape: group g takes columns g K.. of x [M, G K] and rows g N.. of w, and writes columns g N.. of y.
 EXPORT void pyrosome_linear(const float* x, int64_t ldx, int format, const void* data, const uint8_t* scale, float* y,
                             int64_t M, int64_t G, int64_t N, int64_t K, int threads) {
+    threads = worth(M * G * N * K + (format ? 4 * G * N * K : 0), threads);
     const Stored w{format, data, scale};
     const int64_t tile = format ? TILE_N : std::max<int64_t>(TILE_N, N / std::max(1, threads) / TILE_N * TILE_N);
     const int64_t tiles = (N + tile - 1) / tile;

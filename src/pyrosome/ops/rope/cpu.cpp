@@ -15,6 +15,7 @@ EXPORT void pyrosome_rotation(const int64_t* position, const float* frequency, f
 // x [T, H, C]: the last 2 F channels of each vector turned by its token's angles, forwards (sign 1) or back (-1).
 EXPORT void pyrosome_rope(const float* x, const float* turn, float* out, int64_t T, int64_t H, int64_t C, int64_t F,
                           float sign, int threads) {
+    threads = worth(T * H * C, threads);
     const int64_t strips = std::min<int64_t>(threads, T);
     parallel(strips, threads, [&](int64_t s) {
         for (int64_t t = T * s / strips; t < T * (s + 1) / strips; ++t)

@@ -100,6 +100,7 @@ void weigh(float* o, const float* scale, const float* p, const float* const* row
 EXPORT void pyrosome_sparse_attention(const float* q, const float* rows, const int64_t* flat, const int64_t* real,
                                       float* o, float* lse, int64_t T, int64_t H, int64_t C, int64_t K, float scale,
                                       int threads) {
+    threads = worth(2 * T * H * C * K, threads);
     parallel(T, threads, [&](int64_t t) {
         std::vector<float> near(SPLIT * C), score(H * SPLIT), query(H * C), top(H, NONE), mass(H, 0.0f), keep(H);
         std::vector<const float*> from(H), row(SPLIT);
@@ -141,6 +142,7 @@ EXPORT void pyrosome_sparse_attention(const float* q, const float* rows, const i
 EXPORT void pyrosome_finish_attention(const float* const* o, const float* const* lse, int parts, const float* sink,
                                       const float* turn, float* out, int64_t T, int64_t H, int64_t C, int64_t F,
                                       int threads) {
+    threads = worth(4 * T * H * C * parts, threads);
     const int64_t strips = std::min<int64_t>(threads, T);
     parallel(strips, threads, [&](int64_t s) {
         for (int64_t t = T * s / strips; t < T * (s + 1) / strips; ++t)
