@@ -24,4 +24,5 @@ OPS = Variable(
 )
 LOG = Variable("PYROSOME_LOG", "WARNING", "level of log lines: DEBUG, INFO, WARNING or ERROR")
 CPU = Variable("PYROSOME_CPU", "auto", "vector instructions of native kernels: auto, portable, avx2 or avx512")
-ALL = (OPS, CPU, LOG)
+RANK = Variable("RANK", "", "number of this process among several, as launchers set it; begins its log lines")
+ALL = (OPS, CPU, LOG, RANK)

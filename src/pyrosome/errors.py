@@ -7,7 +7,8 @@ PyrosomeError
 │   ├── WrongShape           a tensor's shape is not the one the configuration implies
 │   └── UnsupportedFormat    a dtype, layout or architecture this package does not read
 ├── PlanError                the request cannot be met on this machine
-│   └── DoesNotFit
+│   ├── DoesNotFit
+│   └── KernelUnavailable    a version of an operation was asked for by name and cannot run there
 ├── RequestError             the caller can fix it; a server answers 400
 │   ├── ContextTooLong
 │   └── chat.InvalidRequest  a body the official API refuses; has its status and body
@@ -55,6 +56,10 @@ class DoesNotFit(PlanError):
             f"{part} needs {needed_bytes / 2**30:.3f} GiB on {device}, which has {free_bytes / 2**30:.3f} GiB free; "
             f"{hint}"
         )
+
+
+class KernelUnavailable(PlanError):
+    """A version of an operation was asked for by name and cannot run at that place."""
 
 
 class RequestError(PyrosomeError):

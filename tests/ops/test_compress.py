@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from pyrosome.errors import KernelUnavailable
 from pyrosome.ops.compress import Emit, compress
 from pyrosome.ops.seam import use
 
@@ -83,5 +84,5 @@ def test_a_ring_of_window_plus_drafts_minus_one_rows_survives_rejection(P, overl
 
 def test_a_kernel_asked_for_by_name_that_cannot_run_is_an_error():
     kv, gate, bias = example(4, True)
-    with use(compress, "no such kernel"), pytest.raises(RuntimeError, match="was asked for"):
+    with use(compress, "no such kernel"), pytest.raises(KernelUnavailable, match="was asked for"):
         in_steps(kv, gate, bias, 8, [])

@@ -2,16 +2,41 @@
 
 from __future__ import annotations
 
+import functools
+import os
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import typer
 
 from pyrosome import __version__, log
+from pyrosome.cli.chat import chat
+from pyrosome.cli.doctor import doctor
+from pyrosome.cli.inspect import inspect
 from pyrosome.cli.run import run
+from pyrosome.cli.terminal import BAD_INPUT, READER_GONE, printable
 from pyrosome.errors import PyrosomeError
 
 app = typer.Typer(help="An engine for DeepSeek-V4-Flash.", no_args_is_help=True, pretty_exceptions_enable=False)
-app.command()(run)
+
+
+def _registered(command: Callable[..., Any]) -> None:
+    """Add a command whose reader may go away, as `head` does, without a word."""
+
+    @functools.wraps(command)
+    def quiet(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return command(*args, **kwargs)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still buffered has nowhere else to go
+            raise typer.Exit(READER_GONE) from None
+
+    app.command()(quiet)
+
+
+for _command in (run, chat, inspect, doctor):
+    _registered(_command)
 
 
 def _version(asked: bool) -> None:
@@ -27,8 +52,10 @@ def _root(version: bool = typer.Option(False, "--version", callback=_version, is
 
 def main() -> None:
     """Entry point: an error of this package is a message and exit status 2, never a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # a terminal may not be UTF-8
     try:
         app()
     except PyrosomeError as error:
-        typer.echo(f"pyrosome: {error}", err=True)
-        sys.exit(2)
+        typer.echo(f"pyrosome: {printable(str(error))}", err=True)
+        sys.exit(BAD_INPUT)

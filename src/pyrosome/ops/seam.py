@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 
 from pyrosome import env
+from pyrosome.errors import KernelUnavailable
 
 log = logging.getLogger(__name__)
 OPS: dict[str, Op] = {}
@@ -81,7 +82,7 @@ class Op:
         """What runs at `place`.
 
         Raises:
-            RuntimeError: a kernel was asked for by name and cannot run there.
+            KernelUnavailable: a kernel was asked for by name and cannot run there.
         """
         reasons = self.passed_over[place] = []
         for k in self.kernels if self.choice != "torch" else ():
@@ -98,7 +99,10 @@ class Op:
                     log.warning("%s: the %s kernel did not load: %s", self.name, k.name, error)
                     reasons.append(f"{k.name}: {error}")
         if self.choice not in ("auto", "torch"):
-            raise RuntimeError(f"{self.name}: {self.choice!r} was asked for and cannot run at {place}: {reasons}")
+            raise KernelUnavailable(
+                f"{self.name}: version {self.choice!r} was asked for and cannot run on {place.device} in {place.dtype} "
+                f"({'; '.join(reasons) or 'there is none'}); {env.OPS.name} chooses versions, 'auto' takes what can run"
+            )
         return Version("torch", self.definition)
 
     def chosen(self, *args: Any) -> str:
