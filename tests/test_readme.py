@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -27,7 +28,9 @@ def blocks(page: Path, language: str) -> list[str]:
 def test_the_python_of_a_page_runs(page, tmp_path):
     code = "\n".join(blocks(page, "python"))
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -70,3 +73,15 @@ def test_the_sizes_named_are_the_inventory_s():
     assert f"{official_bytes(later, 3) / 1e9:.1f} GB" in README
     for tokens in (131_072, 1_048_576):
         assert f"{plan_cache(flash, 'fp8', 1, tokens).sequence_bytes(tokens) / 1e9:.2f} GB" in README
+
+
+def test_the_figures_beside_transformers_are_the_last_record_s():
+    record = json.loads((ROOT / "bench" / "results" / "peers.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+    rows = re.findall(
+        r"^\| ((?:prefill|decode)[^|]*\)) \| ([\d.,]+) \| ([\d.,]+) \| ([\d.]+) \|$", README, re.MULTILINE
+    )
+    assert len(rows) >= 4
+    for name, ours, theirs, ratio in rows:
+        assert (ours, theirs) == (f"{record['ours'][name]:,.1f}", f"{record['theirs'][name]:,.1f}")
+        assert ratio == f"{record['ours'][name] / record['theirs'][name]:.2f}"
+    assert f"| pyrosome | {record['their_engine']} |" in README
