@@ -103,16 +103,20 @@ class CachePool:
         """Make room for `context` tokens of the sequence in `slot`."""
         if context > self.max_context:
             raise ContextTooLong(context, self.max_context, "shorten the prompt or open the pool with a larger context")
-        for ratio, pages in self._pages[slot].items():
-            missing = pages_for(context, ratio) - len(pages)
-            if missing > len(self._free_pages[ratio]):
+        held = self._pages[slot]
+        missing = {ratio: max(0, pages_for(context, ratio) - len(pages)) for ratio, pages in held.items()}
+        for ratio, count in missing.items():  # all or nothing: pages taken for one ratio alone would be of no use
+            if count > (num_free := len(self._free_pages[ratio])):
                 page = self.plan.page_bytes[ratio]
-                free = page * len(self._free_pages[ratio])
-                raise DoesNotFit("a longer history", page * missing, free, "the cache pool", "close a sequence first")
-            if missing > 0:
-                new = [self._free_pages[ratio].pop() for _ in range(missing)]
-                self._tables[ratio][slot, len(pages) : len(pages) + missing] = torch.tensor(new, device=self._device)
-                pages += new
+                raise DoesNotFit(
+                    "a longer history", page * count, page * num_free, "the cache pool", "close a sequence first"
+                )
+        for ratio, count in missing.items():
+            if count:
+                new = [self._free_pages[ratio].pop() for _ in range(count)]
+                first = len(held[ratio])
+                self._tables[ratio][slot, first : first + count] = torch.tensor(new, device=self._device)
+                held[ratio] += new
 
     def close(self, slot: int) -> None:
         """Give a sequence's slot and pages back.  Rows are left as they are: every read is justified by a write."""

@@ -11,6 +11,7 @@ from collections import Counter, deque
 from collections.abc import Collection, Iterator
 
 from pyrosome.engine.runner import Runner, Sequence
+from pyrosome.errors import RequestError
 from pyrosome.ops.sample import sample
 from pyrosome.options import SamplingParams
 
@@ -58,7 +59,12 @@ def generate(
     Args:
         step_tokens: tokens computed per step at most; a longer prompt is cut into spans.
         stopped: requests to end before the next step; the caller may add to it while iterating.
+
+    Raises:
+        RequestError: `step_tokens` is below 1.
     """
+    if step_tokens < 1:
+        raise RequestError(f"step_tokens is {step_tokens}; a step computes at least 1 token")
     waiting = deque(enumerate(requests))
     running: list[_Running] = []
     try:

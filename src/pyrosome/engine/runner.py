@@ -5,14 +5,16 @@ Shape letters: T tokens in step, B spans, V vocabulary.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from collections.abc import Sequence as Items
 
 import torch
 from torch import Tensor
 
 from pyrosome.cache.pool import CachePool
-from pyrosome.errors import RequestError
+from pyrosome.errors import CacheInvariantBroken, RequestError
 from pyrosome.model.build import Network
 from pyrosome.model.mtp import keep_streams, streams_at
 from pyrosome.model.step import Span, Step
@@ -23,8 +25,9 @@ from pyrosome.ops import native
 class Sequence:
     """Tokens being grown: a slot of the cache, and how many positions it holds."""
 
-    slot: int
+    slot: int  # 0 once it is closed
     length: int = 0
+    is_broken: bool = False  # a step failed after some layers had overwritten rows that earlier positions need
 
 
 class Runner:
@@ -40,6 +43,7 @@ class Runner:
         self.model = model
         self.device = model.embed.device
         self.has_drafts = len(model.mtp) > 0
+        self.num_drafts = num_drafts
         self.pool = CachePool(
             model.config,
             kv_format,
@@ -57,6 +61,7 @@ class Runner:
     def close(self, sequence: Sequence) -> None:
         """End a sequence and free what it holds."""
         self.pool.close(sequence.slot)
+        sequence.slot = 0  # another sequence may have it next
 
     @torch.inference_mode()
     def step(self, spans: Items[tuple[Sequence, Items[int]]], *, every_row: bool = False) -> list[Tensor]:
@@ -67,9 +72,10 @@ class Runner:
         Raises:
             RequestError: an empty span, an id outside the vocabulary, or one sequence twice.
             ContextTooLong: a sequence would outgrow the pool.
+            CacheInvariantBroken: a sequence was closed, or a step of it failed half-way.
         """
         step = self._admit(spans)
-        with native.one_pool():
+        with native.one_pool(), self._whole_or_broken(spans):
             streams = self.model(step, cache=self.pool.layers(step)).streams
             if self.has_drafts:
                 keep_streams(step, streams, self.pool.draft_hidden)
@@ -83,13 +89,15 @@ class Runner:
 
         Returns: float32 [n, V], the stage's logits at positions start - 1 (0 at the beginning) to the last but one.
         """
-        with native.one_pool():
-            return self._step_with_drafts(sequence, ids)
-
-    def _step_with_drafts(self, sequence: Sequence, ids: Items[int]) -> Tensor:
-        start = sequence.length
         spans = [(sequence, ids)]
         step = self._admit(spans)
+        with native.one_pool(), self._whole_or_broken(spans):
+            logits = self._drafted(step, sequence, ids)
+        self._commit(spans)
+        return logits
+
+    def _drafted(self, step: Step, sequence: Sequence, ids: Items[int]) -> Tensor:
+        start = sequence.length
         streams = self.model(step, cache=self.pool.layers(step)).streams
         ring = self.pool.draft_hidden
         first = max(start - 1, 0)
@@ -100,7 +108,6 @@ class Runner:
             hidden = streams_at(draft_step, step, streams, ring)
             logits, _ = self.model.draft_stage.draft(self.model, draft_step, hidden, self.pool.draft_layer(draft_step))
         keep_streams(step, streams, ring)
-        self._commit(spans)
         return logits
 
     def _admit(self, spans: Items[tuple[Sequence, Items[int]]]) -> Step:
@@ -108,9 +115,28 @@ class Runner:
             raise RequestError(f"a step takes each sequence once, and at least one; {len(spans)} spans were given")
         vocabulary = self.model.config.vocab_size
         for sequence, ids in spans:
+            if sequence.slot == 0 or sequence.is_broken:
+                state = "has been closed" if sequence.slot == 0 else "broke when a step of it failed half-way"
+                raise CacheInvariantBroken(
+                    f"a sequence of {sequence.length} tokens {state} and cannot go on; open another"
+                )
             check_ids(ids, vocabulary)
             self.pool.grow(sequence.slot, sequence.length + len(ids))
         return Step.of([Span(s.slot, s.length, ids) for s, ids in spans], self.device)
+
+    @contextlib.contextmanager
+    def _whole_or_broken(self, spans: Items[tuple[Sequence, Items[int]]]) -> Iterator[None]:
+        """Where the forward fails, sequences whose rings it may have spoilt must not go on.
+
+        A ring has room for the tokens of a draft check beside the rows that earlier positions need; a longer span
+        overwrites those, unless it is the first.
+        """
+        try:
+            yield
+        except BaseException:
+            for sequence, ids in spans:
+                sequence.is_broken = sequence.length > 0 and len(ids) > max(1, self.num_drafts)
+            raise
 
     @staticmethod
     def _commit(spans: Items[tuple[Sequence, Items[int]]]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from pyrosome.errors import UnsupportedFormat
 from pyrosome.model.numerics import Numerics, unchanged
 from pyrosome.ops.experts import ExpertWeights, routed_experts
 from pyrosome.quant import QuantTensor
@@ -26,13 +27,24 @@ class ExpertBank(nn.Module):
         self.shapes = {"w1": (intermediate, hidden), "w3": (intermediate, hidden), "w2": (hidden, intermediate)}
         self._stacks: dict[tuple[str, str], Tensor | QuantTensor] = {}
         self._prepare: dict[str, object] = {}
+        self._kinds: dict[tuple[str, str], str] = {}
 
     def assign(
         self, layer: str, expert: int, matrix: str, value: Tensor | QuantTensor, numerics: Numerics, *, unpack: bool
     ) -> None:
-        """Copy one expert's matrix to its place in the stack of its layer."""
-        quantised = isinstance(value, QuantTensor)
-        self._prepare[layer] = numerics.activation if quantised else unchanged
+        """Copy one expert's matrix to its place in the stack of its layer.
+
+        Raises:
+            UnsupportedFormat: experts of one layer are stored in different ways.
+        """
+        kind = value.format if isinstance(value, QuantTensor) else str(value.dtype).removeprefix("torch.")
+        alike = self._kinds.setdefault((layer, matrix), kind)
+        prepare = numerics.activation if isinstance(value, QuantTensor) else unchanged
+        if kind != alike or self._prepare.setdefault(layer, prepare) is not prepare:
+            raise UnsupportedFormat(
+                f"{layer}.ffn.experts.{expert}.{matrix} is stored in {kind} and others of its layer in another way; a "
+                "layer's experts are held in one stack, so store them alike"
+            )
         if unpack:
             value = value.dequantize(torch.float32) if isinstance(value, QuantTensor) else value.float()
         stack = self._stacks.get((layer, matrix))
