@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import pickle
 import re
 
 import pytest
 
 from pyrosome import errors
 from pyrosome.chat import InvalidRequest
-from pyrosome.errors import ContextTooLong, DoesNotFit, PyrosomeError
+from pyrosome.errors import ContextTooLong, DoesNotFit, PyrosomeError, RequestError
 
 CLASSES = {n: c for n, c in vars(errors).items() if inspect.isclass(c) and issubclass(c, BaseException)}
 
@@ -59,3 +60,12 @@ def test_a_context_too_long_says_both_lengths_and_what_to_do():
 )
 def test_a_kind_is_caught_by_its_family(kind, parent):
     assert issubclass(kind, CLASSES[parent]) and not issubclass(CLASSES[parent], kind)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [DoesNotFit("a part", 3 << 30, 1 << 30, "cpu", "buy more"), ContextTooLong(9, 8, "say less"), RequestError("no")],
+)
+def test_errors_travel_between_processes(error):
+    copy = pickle.loads(pickle.dumps(error))
+    assert type(copy) is type(error) and str(copy) == str(error) and vars(copy) == vars(error)

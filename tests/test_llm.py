@@ -395,3 +395,16 @@ def test_progress_is_told_in_bytes_that_grow_to_the_whole():
     again = []
     LLM("builtin:nano", progress=lambda *call: again.append(call))
     assert again == told
+
+
+@pytest.mark.parametrize("device", ["cuda:77", "banana", "meta:x"])
+def test_a_device_that_is_not_there_is_refused(device):
+    with pytest.raises(RequestError, match=f"device '{device}'"):
+        load_model("builtin:nano", device=device)
+
+
+@pytest.mark.parametrize("name", ["max_sequences", "step_tokens"])
+@pytest.mark.parametrize("value", [0, -1, 1.5, True])
+def test_counts_below_one_are_refused_before_the_load(name, value):
+    with pytest.raises(RequestError, match=name):
+        LLM("no such checkpoint", **{name: value})

@@ -18,6 +18,8 @@ PyrosomeError
 A message says what was asked, what was found, and what to do next, with units.
 """
 
+from __future__ import annotations
+
 
 class PyrosomeError(Exception):
     """Base class: `except PyrosomeError` catches all of the above and nothing else."""
@@ -56,6 +58,10 @@ class DoesNotFit(PlanError):
             f"{part} needs {needed_bytes / 2**30:.3f} GiB on {device}, which has {free_bytes / 2**30:.3f} GiB free; "
             f"{hint}"
         )
+        self.hint = hint
+
+    def __reduce__(self) -> tuple[type[DoesNotFit], tuple[object, ...]]:
+        return type(self), (self.part, self.needed_bytes, self.free_bytes, self.device, self.hint)
 
 
 class KernelUnavailable(PlanError):
@@ -70,8 +76,11 @@ class ContextTooLong(RequestError):
     """The prompt, or the prompt with the tokens asked for, is longer than the context."""
 
     def __init__(self, asked_tokens: int, max_tokens: int, hint: str) -> None:
-        self.asked_tokens, self.max_tokens = asked_tokens, max_tokens
+        self.asked_tokens, self.max_tokens, self.hint = asked_tokens, max_tokens, hint
         super().__init__(f"{asked_tokens} tokens were asked for and the context holds {max_tokens}; {hint}")
+
+    def __reduce__(self) -> tuple[type[ContextTooLong], tuple[object, ...]]:
+        return type(self), (self.asked_tokens, self.max_tokens, self.hint)
 
 
 class EngineError(PyrosomeError):

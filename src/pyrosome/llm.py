@@ -127,14 +127,25 @@ def load_model(
 
     Raises:
         CheckpointError: the files are not what they claim to be, or the shape cannot be stored in `kv_format`.
-        RequestError: unknown numerics.
+        RequestError: unknown numerics, or a device that is not there.
     """
     arithmetic = numerics_named(numerics)
+    _check_device(device)
     kv_format = kv_format or arithmetic.default_kv_format
     index = open_checkpoint(path_or_name)
     plan_cache(index.config, kv_format, 1, 1)  # a format that cannot store this shape is refused before the load
     network = build(index, arithmetic, device=device, unpack=unpack, progress=progress)
     return LoadedModel(network, index.config, numerics, kv_format, index.path)
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise RequestError(
+            f"device {device!r} was asked for and torch cannot use it ({str(error).splitlines()[0]}); "
+            "'cpu' always works"
+        ) from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,6 +188,9 @@ class LLM:
         step_tokens: int = 2048,
         progress: Callable[[int, int, str], None] | None = None,
     ) -> None:
+        for name, value in (("max_sequences", max_sequences), ("step_tokens", step_tokens)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise RequestError(f"{name} is {value!r}; an integer from 1 was expected")
         self.model = load_model(path_or_name, device, numerics, kv_format, progress=progress)
         self.tokenizer = Tokenizer.from_dir(self.model.path)
         self.max_sequences, self.step_tokens = max_sequences, step_tokens
@@ -314,6 +328,7 @@ class _Text:
         self.stop = params.stop
         self.hold = max((len(s) for s in params.stop), default=1) - 1
         self.text, self.taken, self.done = "", 0, False
+        self.searched = 0  # no stop string begins before this
 
     def feed(self, event: TokenEvent) -> bool:
         """Take a token; True where its text completes a stop string."""
@@ -322,7 +337,8 @@ class _Text:
         if event.finish_reason:
             self.text += self.detokenizer.close()
             self.done = True
-        found = [at for s in self.stop if (at := self.text.find(s, max(0, self.taken - self.hold))) >= 0]
+        found = [at for s in self.stop if (at := self.text.find(s, self.searched)) >= 0]
+        self.searched = max(0, len(self.text) - self.hold)
         if found:
             self.text, self.done = self.text[: min(found)], True
         return bool(found)

@@ -368,3 +368,13 @@ def test_logprobs_are_those_of_the_whole_sequence():
         assert e.token == int(row.argmax()) and len(e.logprobs) == 100
         assert e.logprobs == pytest.approx({t: float(row[t]) for t in e.logprobs}, abs=1e-4)
         assert torch.tensor(sorted(e.logprobs.values())).exp().sum() <= 1 + 1e-5
+
+
+def test_a_budget_smaller_than_the_requests_starves_nobody():
+    requests = [greedy(1, 12, i) for i in range(3)]
+    events = list(generate(runner_of(3), requests, eos_id=NEVER, step_tokens=2))
+    found = by_request(events)
+    for number, request in enumerate(requests):
+        assert_same_events(found[number], alone(request))
+    ends = [i for i, e in enumerate(events) if e.finish_reason]
+    assert ends[0] >= 30, "all three end together"

@@ -215,6 +215,24 @@ def test_a_step_without_drafts_leaves_what_the_next_draft_needs():
     assert_same(runner.step_with_drafts(b, IDS[1:2]), first)
 
 
+def test_a_head_that_fails_leaves_what_the_next_draft_needs(monkeypatch):
+    def fail(streams):
+        raise RuntimeError("out of memory")
+
+    drafts = []
+    for fails in (False, True):
+        runner = Runner(build_network(CONFIG), "f32", 1, 200)
+        sequence = runner.open()
+        runner.step_with_drafts(sequence, IDS[:50])
+        if fails:
+            with monkeypatch.context() as patch:
+                patch.setattr(runner.model, "logits", fail)
+                with pytest.raises(RuntimeError):
+                    runner.step([(sequence, [3])])
+        drafts.append(runner.step_with_drafts(sequence, IDS[50:60]))
+    assert_same(drafts[1], drafts[0])
+
+
 def test_a_network_without_a_draft_stage_keeps_no_streams_for_it():
     model = build_network(CONFIG)
     model.mtp = torch.nn.ModuleList()

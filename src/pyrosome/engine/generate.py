@@ -43,7 +43,7 @@ class _Running:
     pending: list[int]  # ids not yet in the cache
     prompt_counts: Counter[int]
     seed: int
-    output: list[int] = dataclasses.field(default_factory=list)
+    output: Counter[int] = dataclasses.field(default_factory=Counter)  # how often each token was generated
 
 
 def generate(
@@ -78,6 +78,9 @@ def generate(
             spans = _schedule(running, step_tokens)
             if not spans:
                 continue
+            # Who was served goes to the end: a budget smaller than the number running starves nobody.
+            served = {id(r) for r, _ in spans}
+            running.sort(key=lambda r: id(r) in served)
             rows = runner.step([(r.sequence, ids) for r, ids in spans])
             for (r, ids), logits_V in zip(spans, rows, strict=True):
                 del r.pending[: len(ids)]
@@ -111,11 +114,11 @@ def _schedule(running: list[_Running], step_tokens: int) -> list[tuple[_Running,
 
 def _sample(r: _Running, logits_V, eos_id: int, max_context: int) -> TokenEvent:  # type: ignore[no-untyped-def]
     position = r.sequence.length
-    token, logprobs = sample(logits_V, r.params, r.prompt_counts, Counter(r.output), r.seed, position)
-    r.output.append(token)
+    token, logprobs = sample(logits_V, r.params, r.prompt_counts, r.output, r.seed, position)
+    r.output[token] += 1
     r.pending = [token]
     ends = token in r.params.stop_token_ids or (token == eos_id and not r.params.ignore_eos)
-    full = len(r.output) >= r.params.max_tokens or position >= max_context
+    full = r.output.total() >= r.params.max_tokens or position >= max_context
     return TokenEvent(r.request, token, logprobs, "stop" if ends else "length" if full else None, ends)
 
 

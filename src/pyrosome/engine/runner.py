@@ -77,9 +77,9 @@ class Runner:
         step = self._admit(spans)
         with native.one_pool(), self._whole_or_broken(spans):
             streams = self.model(step, cache=self.pool.layers(step)).streams
-            if self.has_drafts:
-                keep_streams(step, streams, self.pool.draft_hidden)
             logits = self.model.logits(streams if every_row else streams[step.last_token_B()])
+            if self.has_drafts:  # last: where the head fails, the streams of the position before are still there
+                keep_streams(step, streams, self.pool.draft_hidden)
         self._commit(spans)
         return list(logits.split([len(ids) for _, ids in spans]) if every_row else logits)
 
