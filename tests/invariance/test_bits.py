@@ -30,7 +30,15 @@ def test_the_kernels_run_here():
 
 
 ALL = ("compress", "experts", "hyper_connection", "index_topk", "linear", "rope", "route", "sparse_attention")
-ALWAYS = {"linear", "grouped_linear", "routed_experts", "sparse_attention", "finish", "index_scores", "compress"}
+ALWAYS = {
+    "linear",
+    "grouped_linear",
+    "routed_experts",
+    "sparse_attention",
+    "finish_attention",
+    "index_scores",
+    "compress",
+}
 
 
 @on_both_checkpoints

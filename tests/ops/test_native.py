@@ -14,11 +14,11 @@ from pyrosome.ops.experts import ExpertWeights, clamped_swiglu, routed_experts
 from pyrosome.ops.hyper_connection import hyper_connection_head, hyper_connection_in, hyper_connection_out
 from pyrosome.ops.index_topk import index_scores
 from pyrosome.ops.linear import grouped_linear, linear
-from pyrosome.ops.rope import rope, rotation, turns
+from pyrosome.ops.rope import rope, rotation
 from pyrosome.ops.route import affinity
 from pyrosome.ops.rows import UnitedRows
 from pyrosome.ops.seam import OPS, Place
-from pyrosome.ops.sparse_attention import finish, sparse_attention
+from pyrosome.ops.sparse_attention import finish_attention, sparse_attention
 from pyrosome.quant import FORMATS, QuantTensor, simulate_fp8
 
 try:
@@ -103,14 +103,14 @@ CASES = {
         noise(LARGEST, 4, 33)[:T], noise(4, 132, seed=1, scale=0.1), noise(4, seed=2), noise(1, seed=3), 1e-6, 1e-6)),
     "index_scores": (index_scores, lambda T: (
         noise(LARGEST, 6, 32)[:T], noise(301, 32, seed=1), noise(LARGEST, 6, seed=2)[:T])),
-    "rotation": (turns, lambda T: (noise(9).abs(), (torch.arange(LARGEST) * 7919 - 1)[:T])),
-    "rope": (rope, lambda T: (noise(LARGEST, 3, 34)[:T], rotation(torch.arange(LARGEST), noise(9))[:T])),
-    "rope back": (rope, lambda T: (noise(LARGEST, 34)[:T], rotation(torch.arange(LARGEST), noise(9))[:T], True)),
+    "rotation": (rotation, lambda T: (noise(9).abs(), (torch.arange(LARGEST) * 7919 - 1)[:T])),
+    "rope": (rope, lambda T: (noise(LARGEST, 3, 34)[:T], rotation(noise(9), torch.arange(LARGEST))[:T])),
+    "rope back": (rope, lambda T: (noise(LARGEST, 34)[:T], rotation(noise(9), torch.arange(LARGEST))[:T], True)),
     "affinity": (affinity, lambda T: (noise(LARGEST, 7, scale=9)[:T],)),
     "sparse_attention": (sparse_attention, lambda T: (
         noise(LARGEST, 6, 80)[:T], Source(), attention_index(LARGEST)[:T])),
-    "finish_attention": (finish, lambda T: (
-        noise(6), rotation(torch.arange(LARGEST), noise(9))[:T],
+    "finish_attention": (finish_attention, lambda T: (
+        noise(6), rotation(noise(9), torch.arange(LARGEST))[:T],
         [(noise(LARGEST, 6, 80, seed=i)[:T], noise(LARGEST, 6, seed=7 + i)[:T]) for i in range(2)])),
     "compress HCA": (compress, lambda T: (
         noise(4 * LARGEST, 40), noise(4 * LARGEST, 40, seed=1), noise(2, 4, 40, seed=2), noise(2, 4, 40, seed=3),

@@ -73,7 +73,7 @@ def test_the_ramp_from_its_formula(base, dim, yarn):
 
 
 def test_no_attention_factor():
-    turn = rotation(torch.tensor([0, 1, 77, 65536, 1_000_000]), frequencies(FLASH_BASE, DIM, FLASH))
+    turn = rotation(frequencies(FLASH_BASE, DIM, FLASH), torch.tensor([0, 1, 77, 65536, 1_000_000]))
     torch.testing.assert_close(turn.abs(), torch.ones(5, DIM // 2))
 
 
@@ -81,7 +81,7 @@ def test_no_attention_factor():
 @pytest.mark.parametrize("yarn", [None, FLASH])
 def test_the_angle_is_a_float32_product(position, yarn):
     f = frequencies(FLASH_BASE, DIM, yarn)
-    turn = rotation(torch.tensor([position]), f)
+    turn = rotation(f, torch.tensor([position]))
     assert turn.dtype == torch.complex64
     angle = [float(np.float32(position) * np.float32(v)) for v in f.tolist()]
     assert turn[0].real.tolist() == pytest.approx([math.cos(a) for a in angle], abs=2e-7)
@@ -90,20 +90,20 @@ def test_the_angle_is_a_float32_product(position, yarn):
 
 def test_near_a_million_tokens_the_float32_angle_is_not_the_exact_one():
     f = frequencies(FLASH_BASE, DIM, FLASH)
-    turn = rotation(torch.tensor([999_999]), f)[0]
+    turn = rotation(f, torch.tensor([999_999]))[0]
     exact = torch.tensor([cmath.exp(1j * 999_999 * v) for v in f.tolist()])
     assert 3e-3 < (turn - exact).abs().max() < 5e-2
 
 
 def test_float64_frequencies_give_float64_rotations():
-    turn = rotation(torch.tensor([999_999]), frequencies(FLASH_BASE, DIM, FLASH).double())
+    turn = rotation(frequencies(FLASH_BASE, DIM, FLASH).double(), torch.tensor([999_999]))
     assert turn.dtype == torch.complex128
     expected = [cmath.exp(1j * (999_999 * v)) for v in frequencies(FLASH_BASE, DIM, FLASH).tolist()]
     assert (turn[0] - torch.tensor(expected, dtype=torch.complex128)).abs().max() < 1e-9
 
 
 def test_padding_is_not_turned():
-    assert torch.equal(rotation(torch.tensor([-1, 0]), frequencies(1e4, 8, None)), torch.ones(2, 4) + 0j)
+    assert torch.equal(rotation(frequencies(1e4, 8, None), torch.tensor([-1, 0])), torch.ones(2, 4) + 0j)
 
 
 @pytest.mark.parametrize("nope", [0, 2, 6])
@@ -113,7 +113,7 @@ def test_neighbours_are_turned_as_one_complex_number(nope, inverse, dtype):
     f = frequencies(1e4, 6, None).to(dtype)
     positions = [0, 1, 5, 300]
     x = draw(4, 3, nope + 6, dtype=dtype)
-    out = rope(x, rotation(torch.tensor(positions), f), inverse=inverse)
+    out = rope(x, rotation(f, torch.tensor(positions)), inverse=inverse)
     assert out.dtype == dtype
     expected = turned(x, [[p * v for v in f.tolist()] for p in positions], -1 if inverse else 1)
     tight = 1e-12 if dtype == torch.float64 else 3e-5
@@ -121,7 +121,7 @@ def test_neighbours_are_turned_as_one_complex_number(nope, inverse, dtype):
 
 
 def test_one_vector_per_token_and_several_heads_agree():
-    x, turn = draw(4, 3, 10), rotation(torch.tensor([2, 3, 5, 7]), frequencies(1e4, 6, None))
+    x, turn = draw(4, 3, 10), rotation(frequencies(1e4, 6, None), torch.tensor([2, 3, 5, 7]))
     by_head = torch.stack([rope(x[:, h], turn) for h in range(3)], dim=1)
     torch.testing.assert_close(rope(x, turn), by_head, rtol=1e-6, atol=1e-6)
 
@@ -130,19 +130,19 @@ def test_one_vector_per_token_and_several_heads_agree():
 def test_the_first_channels_are_left_alone_to_the_bit(dtype):
     x = draw(5, 2, 10, dtype=dtype)
     x[0, 0, 0], x[1, 1, 3], x[2, 0, 1] = float("inf"), 1e-38, -0.0
-    out = rope(x, rotation(torch.arange(1, 6), frequencies(1e4, 6, None)))
+    out = rope(x, rotation(frequencies(1e4, 6, None), torch.arange(1, 6)))
     assert torch.equal(out[..., :4].contiguous().view(torch.uint8), x[..., :4].contiguous().view(torch.uint8))
     assert (out[..., 4:] != x[..., 4:]).any(-1).all()
 
 
 def test_position_zero_changes_nothing():
     x = draw(1, 2, 10)
-    assert torch.equal(rope(x, rotation(torch.tensor([0]), frequencies(1e4, 6, None))), x)
+    assert torch.equal(rope(x, rotation(frequencies(1e4, 6, None), torch.tensor([0]))), x)
 
 
 @pytest.mark.parametrize("position", [1, 4097, 1_048_575])
 def test_inverse_turns_back(position):
-    x, turn = draw(1, 2, 512), rotation(torch.tensor([position]), frequencies(FLASH_BASE, DIM, FLASH))
+    x, turn = draw(1, 2, 512), rotation(frequencies(FLASH_BASE, DIM, FLASH), torch.tensor([position]))
     torch.testing.assert_close(rope(rope(x, turn), turn, inverse=True), x, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(rope(rope(x, turn, inverse=True), turn), x, rtol=1e-6, atol=1e-6)
 
@@ -152,7 +152,7 @@ def test_products_depend_on_the_distance_alone():
     q, k = draw(1, 6, dtype=torch.float64), draw(1, 6, dtype=torch.float64, seed=1)
 
     def score(t, s):
-        turn_t, turn_s = (rotation(torch.tensor([p]), f) for p in (t, s))
+        turn_t, turn_s = (rotation(f, torch.tensor([p])) for p in (t, s))
         return (rope(q, turn_t) * rope(k, turn_s)).sum().item()
 
     assert score(9, 4) == pytest.approx(score(105, 100), rel=1e-10)
@@ -161,7 +161,7 @@ def test_products_depend_on_the_distance_alone():
 
 def test_bfloat16_is_turned_in_float32_and_rounded_once():
     x, f = draw(40, 2, 64, dtype=torch.bfloat16), frequencies(1e4, 64, None)
-    out = rope(x, rotation(torch.arange(40), f)).double()
+    out = rope(x, rotation(f, torch.arange(40))).double()
     angles = [[float(np.float32(t) * np.float32(v)) for v in f.tolist()] for t in range(40)]
     exact = turned(x, angles)
     # Half a unit in the last of bfloat16's eight bits, and a little for float32's own error.
@@ -170,12 +170,12 @@ def test_bfloat16_is_turned_in_float32_and_rounded_once():
 
 
 def test_no_tokens():
-    turn = rotation(torch.zeros(0, dtype=torch.int64), frequencies(1e4, 6, None))
+    turn = rotation(frequencies(1e4, 6, None), torch.zeros(0, dtype=torch.int64))
     assert rope(draw(0, 2, 10), turn).shape == (0, 2, 10)
 
 
 @pytest.mark.parametrize("inverse", [False, True])
 def test_gradients(inverse):
-    turn = rotation(torch.tensor([3, 8]), frequencies(1e4, 4, None).double())
+    turn = rotation(frequencies(1e4, 4, None).double(), torch.tensor([3, 8]))
     x = draw(2, 2, 6, dtype=torch.float64).requires_grad_()
     assert torch.autograd.gradcheck(lambda x: rope(x, turn, inverse=inverse), (x,))

@@ -94,8 +94,8 @@ def test_a_step_of_padding_gives_nothing(monkeypatch, split):
     o, lse = sparse_attention(draw(T, H, C), rows_of(draw(N, C)), torch.full((T, K), -1))
     assert torch.equal(o, torch.zeros(T, H, C))
     assert (lse == NONE).all()
-    sink, turn = draw(H), rotation(torch.arange(T), frequencies(1e4, 4, None))
-    assert torch.equal(finish_attention([(o, lse)], sink, turn), torch.zeros(T, H, C))
+    sink, turn = draw(H), rotation(frequencies(1e4, 4, None), torch.arange(T))
+    assert torch.equal(finish_attention(sink, turn, [(o, lse)]), torch.zeros(T, H, C))
 
 
 @pytest.mark.parametrize("shape", [(0, K), (T, 0)])
@@ -143,8 +143,8 @@ def test_poison_in_one_token_s_rows_stays_with_that_token():
     values[5] = float("nan")
     index = torch.tensor([[1, 2, -1], [3, 5, 2], [-1, -1, 4]] * 2)
     part = sparse_attention(q, rows_of(values), index)
-    turn = rotation(torch.arange(T), frequencies(1e4, 4, None))
-    for out in (part[0], finish_attention([part], draw(H), turn)):
+    turn = rotation(frequencies(1e4, 4, None), torch.arange(T))
+    for out in (part[0], finish_attention(draw(H), turn, [part])):
         assert out.isnan().flatten(1).any(1).tolist() == [False, True, False] * 2
 
 
@@ -184,7 +184,7 @@ def finish_example():
     f = frequencies(1e4, 4, None).double()
     sink = 2 * draw(H, dtype=torch.float64, seed=5)
     expected = finished_by_hand(q, values, index, sink, POSITIONS, f.tolist())
-    return q, rows_of(values), index, sink, rotation(torch.tensor(POSITIONS), f), expected
+    return q, rows_of(values), index, sink, rotation(f, torch.tensor(POSITIONS)), expected
 
 
 def test_any_assignment_of_rows_to_parts_is_one_softmax_with_a_sink():
@@ -194,7 +194,7 @@ def test_any_assignment_of_rows_to_parts_is_one_softmax_with_a_sink():
             continue
         owner = torch.tensor(owners)
         parts = [sparse_attention(q, source, index[:, owner == p]) for p in range(3)]
-        torch.testing.assert_close(finish_attention(parts, sink, turn), expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(finish_attention(sink, turn, parts), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_parts_may_come_in_any_order():
@@ -202,7 +202,7 @@ def test_parts_may_come_in_any_order():
     parts = [sparse_attention(q, source, index[:, k : k + 1]) for k in range(4)]
     parts.append(sparse_attention(q, source, index[:, 4:]))
     for order in itertools.permutations(parts):
-        torch.testing.assert_close(finish_attention(list(order), sink, turn), expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(finish_attention(sink, turn, list(order)), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_a_part_of_nothing_changes_no_bit():
@@ -226,19 +226,19 @@ def test_parts_far_apart_do_not_overflow(gap):
 def test_the_sink_takes_mass_and_adds_no_value():
     q, source, index, sink, turn, _ = finish_example()
     part = sparse_attention(q, source, index)
-    without = finish_attention([part], torch.full_like(sink, -1e5), turn)
+    without = finish_attention(torch.full_like(sink, -1e5), turn, [part])
     torch.testing.assert_close(without.norm(dim=-1), part[0].norm(dim=-1), rtol=1e-12, atol=1e-12)
-    assert not finish_attention([part], torch.full_like(sink, 1e5), turn).any()
-    equal = finish_attention([part], part[1][0], turn)  # a sink as heavy as token 0's rows together
+    assert not finish_attention(torch.full_like(sink, 1e5), turn, [part]).any()
+    equal = finish_attention(part[1][0], turn, [part])  # a sink as heavy as token 0's rows together
     torch.testing.assert_close(equal[0], without[0] / 2)
 
 
 def test_the_sink_is_each_head_s_own():
     q, source, index, sink, turn, _ = finish_example()
     part = sparse_attention(q, source, index)
-    before = finish_attention([part], sink, turn)
+    before = finish_attention(sink, turn, [part])
     sink[1] += 3
-    after = finish_attention([part], sink, turn)
+    after = finish_attention(sink, turn, [part])
     changed = (after != before).any(-1).any(0)
     assert changed.tolist() == [False, True, False]
 
@@ -251,12 +251,12 @@ def test_gradients(monkeypatch, split):
         for i, s in enumerate([(4, 2, 6), (1, 2, 6), (3, 6), (2,)])
     ]
     index = torch.tensor([[1, 4, 3], [-1, 5, -1], [-1, -1, -1], [2, 2, 5]])
-    turn = rotation(torch.tensor([0, 3, 9, 4]), frequencies(1e4, 4, None).double())
+    turn = rotation(frequencies(1e4, 4, None).double(), torch.tensor([0, 3, 9, 4]))
 
     def run(q, ring, fresh, sink):
         source = UnitedRows(ring, fresh)
         parts = [sparse_attention(q, source, index), sparse_attention(q, source, index.flip(1)[:, :2])]
-        return finish_attention(parts, sink, turn)
+        return finish_attention(sink, turn, parts)
 
     assert torch.autograd.gradcheck(run, g)
 
@@ -270,10 +270,10 @@ def test_gradients(monkeypatch, split):
 def test_gradients_of_a_step_of_padding_are_zero_and_finite():
     q, fresh, sink = (draw(*s).requires_grad_() for s in [(T, H, C), (N, C), (H,)])
     source, index = UnitedRows(torch.zeros(1, 0, C), fresh), torch.full((T, K), -1)
-    turn = rotation(torch.arange(T), frequencies(1e4, 4, None))
+    turn = rotation(frequencies(1e4, 4, None), torch.arange(T))
     with torch.autograd.set_detect_anomaly(True):  # no NaN on the way either
         parts = [sparse_attention(q, source, index), sparse_attention(q, source, index)]
-        finish_attention(parts, sink, turn).sum().backward()
+        finish_attention(sink, turn, parts).sum().backward()
     for x in (q, fresh, sink):
         assert x.grad is not None
         assert not x.grad.any()

@@ -131,7 +131,7 @@ class Attention(nn.Module):
             parts.append(sparse_attention(q_THC, rows, index_TK))
         cache.keep_window(row_TC)
 
-        o_THC = finish_attention(parts, self.attn_sink, turns.token).to(x_TD.dtype)
+        o_THC = finish_attention(self.attn_sink, turns.token, parts).to(x_TD.dtype)
         z_TGO = grouped_linear(o_THC.flatten(1).unflatten(1, (self.groups, -1)), self.wo_a.value)
         return self.wo_b(z_TGO.flatten(1))  # type: ignore[no-any-return]
 
@@ -286,10 +286,10 @@ class Rotary(nn.Module):
 
     def forward(self, step: Step, ratios: set[int]) -> dict[int, Rotations]:
         """What the layers of each ratio need; a row is rotated at its window's first position."""
-        near = rotation(step.position_T, self.near)  # type: ignore[arg-type]
-        far = rotation(step.position_T, self.far) if ratios - {0} else near  # type: ignore[arg-type]
+        near = rotation(self.near, step.position_T)  # type: ignore[arg-type]
+        far = rotation(self.far, step.position_T) if ratios - {0} else near  # type: ignore[arg-type]
         return {
-            r: Rotations(far, rotation(step.emit(r).end - (r - 1), self.far)) if r else Rotations(near, None)  # type: ignore[arg-type]
+            r: Rotations(far, rotation(self.far, step.emit(r).end - (r - 1))) if r else Rotations(near, None)  # type: ignore[arg-type]
             for r in ratios
         }
 

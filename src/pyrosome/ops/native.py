@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import importlib
 import os
 import shutil
 import subprocess
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 
 from pyrosome import env
-from pyrosome.ops.seam import Place
+from pyrosome.ops.seam import Op, Place
 from pyrosome.quant import QuantTensor
 
 # No contraction: a product and a sum are fused where the source says so, and nowhere else, or levels would differ.
@@ -61,10 +62,19 @@ def why_not(place: Place) -> str:
     return "" if place.format in FORMATS else f"it does not read {place.format}"
 
 
-def ready(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """`kernel`, once the library is loaded: an op that cannot have it learns so when it chooses, not in a step."""
-    library()
-    return kernel
+def kernel(op: Op, *, any_format: bool = False) -> None:
+    """Register the native kernel of an op: the function of its name in the `cpu.py` beside its definition.
+
+    Args:
+        any_format: the kernel asks its second argument for float rows, whatever they are stored in.
+    """
+
+    def load() -> Callable[..., Any]:
+        library()  # an op that cannot have it learns so when it chooses, not in a step
+        run: Callable[..., Any] = getattr(importlib.import_module(f"{op.definition.__module__}.cpu"), op.name)
+        return run
+
+    op.kernel("cpu", (lambda place: why_not(place._replace(format=""))) if any_format else why_not)(load)
 
 
 def library() -> ctypes.CDLL:

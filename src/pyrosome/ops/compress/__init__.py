@@ -7,7 +7,6 @@ windows overlap), P pooling ratio, W window width (P, or 2 P).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -91,8 +90,4 @@ def _compress(
     return torch.where(real_M1, rows_MD, 0.0)
 
 
-@compress.kernel("cpu", native.why_not)
-def _cpu() -> Callable[..., Tensor]:
-    from pyrosome.ops.compress import cpu
-
-    return native.ready(cpu.compress)
+native.kernel(compress)

@@ -107,15 +107,5 @@ def _pick(weight: Tensor | QuantTensor, expert_G: Tensor, dtype: torch.dtype) ->
     return dense(picked, dtype)
 
 
-@routed_experts.kernel("cpu", native.why_not)
-def _cpu() -> Callable[..., Tensor]:
-    from pyrosome.ops.experts import cpu
-
-    return native.ready(cpu.routed_experts)
-
-
-@clamped_swiglu.kernel("cpu", native.why_not)
-def _clamped_swiglu_cpu() -> Callable[..., Tensor]:
-    from pyrosome.ops.experts import cpu
-
-    return native.ready(cpu.clamped_swiglu)
+native.kernel(routed_experts)
+native.kernel(clamped_swiglu)

@@ -7,7 +7,6 @@ Source: DeepSeek-V4 report, section on mHC, and the official inference code (ori
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -92,22 +91,6 @@ def _collapse(weight_TJ: Tensor, wide_TJD: Tensor, dtype: torch.dtype) -> Tensor
     return torch.bmm(weight_TJ[:, None], wide_TJD)[:, 0].to(dtype)
 
 
-@hyper_connection_in.kernel("cpu", native.why_not)
-def _in_cpu() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    from pyrosome.ops.hyper_connection import cpu
-
-    return native.ready(cpu.hyper_connection_in)
-
-
-@hyper_connection_out.kernel("cpu", native.why_not)
-def _out_cpu() -> Callable[..., Tensor]:
-    from pyrosome.ops.hyper_connection import cpu
-
-    return native.ready(cpu.hyper_connection_out)
-
-
-@hyper_connection_head.kernel("cpu", native.why_not)
-def _hyper_connection_head_cpu() -> Callable[..., Tensor]:
-    from pyrosome.ops.hyper_connection import cpu
-
-    return native.ready(cpu.hyper_connection_head)
+native.kernel(hyper_connection_in)
+native.kernel(hyper_connection_out)
+native.kernel(hyper_connection_head)

@@ -5,7 +5,7 @@ Shape letters: T tokens, H index heads, C index head dim, N rows scored at once,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -118,8 +118,4 @@ def _scores_at(q_THC: Tensor, keys: RowSource, weight_TH: Tensor, index_TK: Tens
     return torch.cat(parts).masked_fill(index_TK < 0, float("-inf"))
 
 
-@index_scores.kernel("cpu", native.why_not)
-def _cpu() -> Callable[..., Tensor]:
-    from pyrosome.ops.index_topk import cpu
-
-    return native.ready(cpu.index_scores)
+native.kernel(index_scores)

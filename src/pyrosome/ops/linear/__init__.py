@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -45,15 +43,5 @@ def grouped_linear(x_TGK: Tensor, weight_NK: Tensor | QuantTensor) -> Tensor:
     return out_GTO.transpose(0, 1).to(x_TGK.dtype)
 
 
-@linear.kernel("cpu", native.why_not)
-def _linear_cpu() -> Callable[..., Tensor]:
-    from pyrosome.ops.linear import cpu
-
-    return native.ready(cpu.linear)
-
-
-@grouped_linear.kernel("cpu", native.why_not)
-def _grouped_linear_cpu() -> Callable[..., Tensor]:
-    from pyrosome.ops.linear import cpu
-
-    return native.ready(cpu.grouped_linear)
+native.kernel(linear)
+native.kernel(grouped_linear)

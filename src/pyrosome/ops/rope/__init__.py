@@ -6,7 +6,6 @@ Shape letters: T vectors, F frequencies (rope_dim / 2).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -38,18 +37,13 @@ def frequencies(base: float, rope_dim: int, yarn: YarnScaling | None) -> Tensor:
     return f / yarn.factor * (1 - keep) + f * keep
 
 
-def rotation(position_T: Tensor, frequency_F: Tensor) -> Tensor:
+@Op
+def rotation(frequency_F: Tensor, position_T: Tensor) -> Tensor:
     """Unit complex numbers [T, F] at the angles position x frequency, in the complex type of `frequency_F`.
 
     The angle is a float32 product on purpose: near a million tokens it is off by about 0.01 rad, and
     the weights were trained and served with exactly that (official inference code).
     """
-    return turns(frequency_F, position_T)  # type: ignore[no-any-return]
-
-
-@Op
-def turns(frequency_F: Tensor, position_T: Tensor) -> Tensor:
-    """`rotation`, as an op: its place is read off the frequencies."""
     angle_TF = position_T.clamp(min=0).to(frequency_F.dtype)[:, None] * frequency_F
     return torch.complex(angle_TF.cos(), angle_TF.sin())
 
@@ -69,15 +63,5 @@ def rope(x: Tensor, rotation_TF: Tensor, inverse: bool = False) -> Tensor:
     return torch.cat([x[..., :-width], turned.to(x.dtype)], dim=-1)
 
 
-@turns.kernel("cpu", native.why_not)
-def _turns_cpu() -> Callable[..., Tensor]:
-    from pyrosome.ops.rope import cpu
-
-    return native.ready(cpu.rotation)
-
-
-@rope.kernel("cpu", native.why_not)
-def _rope_cpu() -> Callable[..., Tensor]:
-    from pyrosome.ops.rope import cpu
-
-    return native.ready(cpu.rope)
+native.kernel(rotation)
+native.kernel(rope)

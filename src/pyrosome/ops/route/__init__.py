@@ -5,8 +5,6 @@ Shape letters: T tokens, E routed experts, K experts per token.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -45,8 +43,4 @@ def expert_weights(score_TE: Tensor, expert_TK: Tensor, scale: float) -> Tensor:
     return chosen_TK / chosen_TK.sum(1, keepdim=True) * scale
 
 
-@affinity.kernel("cpu", native.why_not)
-def _affinity_cpu() -> Callable[..., Tensor]:
-    from pyrosome.ops.route import cpu
-
-    return native.ready(cpu.affinity)
+native.kernel(affinity)

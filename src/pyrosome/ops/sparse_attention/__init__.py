@@ -6,8 +6,6 @@ One row serves as key and value of every head (multi-query).
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -82,18 +80,13 @@ def merge(o_THC: Tensor, lse_TH: Tensor, other_THC: Tensor, other_lse_TH: Tensor
     return o_THC * share[..., None] + other_THC * other_share[..., None], both_TH
 
 
-def finish_attention(parts: list[tuple[Tensor, Tensor]], sink_H: Tensor, rotation_TF: Tensor) -> Tensor:
+@Op
+def finish_attention(sink_H: Tensor, rotation_TF: Tensor, parts: list[tuple[Tensor, Tensor]]) -> Tensor:
     """Merge parts (o [T, H, C], lse [T, H]), let each head's sink take its mass, turn the rotary channels back.
 
     The sink is a learned logit with value zero: it enters the denominator only.  The inverse rotation at
     the query's position makes the values' absolute rotation relative (official inference code).
     """
-    return finish(sink_H, rotation_TF, parts)  # type: ignore[no-any-return]
-
-
-@Op
-def finish(sink_H: Tensor, rotation_TF: Tensor, parts: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """`finish_attention`, as an op: its place is read off the sink."""
     o_THC, lse_TH = parts[0]
     for o, lse in parts[1:]:
         o_THC, lse_TH = merge(o_THC, lse_TH, o, lse)
@@ -101,15 +94,5 @@ def finish(sink_H: Tensor, rotation_TF: Tensor, parts: list[tuple[Tensor, Tensor
     return rope(o_THC * kept_TH[..., None], rotation_TF, inverse=True)
 
 
-@sparse_attention.kernel("cpu", lambda place: native.why_not(place._replace(format="")))  # a source decodes its rows
-def _sparse_attention_cpu() -> Callable[..., Tensor]:
-    from pyrosome.ops.sparse_attention import cpu
-
-    return native.ready(cpu.sparse_attention)
-
-
-@finish.kernel("cpu", native.why_not)
-def _finish_cpu() -> Callable[..., Tensor]:
-    from pyrosome.ops.sparse_attention import cpu
-
-    return native.ready(cpu.finish)
+native.kernel(sparse_attention, any_format=True)  # a source decodes its rows
+native.kernel(finish_attention)

@@ -27,7 +27,7 @@ def sparse_attention(q_THC: Tensor, source: RowSource, index_TK: Tensor) -> tupl
     return o_THC, lse_TH
 
 
-def finish(sink_H: Tensor, rotation_TF: Tensor, parts: list[tuple[Tensor, Tensor]]) -> Tensor:
+def finish_attention(sink_H: Tensor, rotation_TF: Tensor, parts: list[tuple[Tensor, Tensor]]) -> Tensor:
     """As the definition, for float32 parts."""
     T, H, C = parts[0][0].shape
     held = [(o.contiguous(), lse.contiguous()) for o, lse in parts]
