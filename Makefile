@@ -19,7 +19,7 @@ $(READY): pyproject.toml requirements/dev.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check '$(TORCH)'
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements/dev.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -e .
-	-$(BIN)/python -m pyrosome.ops.native
+	$(BIN)/python -m pyrosome.ops.native
 	touch $(READY)
 
 run: $(READY) ## generate from the built-in checkpoint

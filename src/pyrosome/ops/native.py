@@ -199,5 +199,7 @@ def stored(weight: Tensor | QuantTensor) -> tuple[int, Tensor, Tensor | None]:
 
 
 if __name__ == "__main__":  # build ahead of first use, and say what was built
-    library()
-    print(f"native kernels for {level()}: {_built()}")
+    try:
+        print(f"native kernels for {level()}: {_built()}")
+    except OSError as error:
+        print(f"no native kernels, so the torch definitions will run: {error}")
