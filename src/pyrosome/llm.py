@@ -27,7 +27,7 @@ from pyrosome.engine.runner import Runner, check_ids
 from pyrosome.errors import ContextTooLong, RequestError
 from pyrosome.model.build import Network, build
 from pyrosome.model.numerics import numerics_named
-from pyrosome.options import SamplingParams
+from pyrosome.options import SamplingParams, require_integer
 
 
 @dataclasses.dataclass(eq=False)
@@ -188,9 +188,8 @@ class LLM:
         step_tokens: int = 2048,
         progress: Callable[[int, int, str], None] | None = None,
     ) -> None:
-        for name, value in (("max_sequences", max_sequences), ("step_tokens", step_tokens)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise RequestError(f"{name} is {value!r}; an integer from 1 was expected")
+        require_integer("max_sequences", max_sequences, 1)
+        require_integer("step_tokens", step_tokens, 1)
         self.model = load_model(path_or_name, device, numerics, kv_format, progress=progress)
         self.tokenizer = Tokenizer.from_dir(self.model.path)
         self.max_sequences, self.step_tokens = max_sequences, step_tokens

@@ -31,18 +31,18 @@ class SamplingParams:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        _integer("max_tokens", self.max_tokens, 1)
+        require_integer("max_tokens", self.max_tokens, 1)
         _number("temperature", self.temperature, 0, 100)
         _number("top_p", self.top_p, 0, 1, open_below=True)
-        _integer("top_k", self.top_k, 0)
+        require_integer("top_k", self.top_k, 0)
         _number("min_p", self.min_p, 0, 1)
         _number("presence_penalty", self.presence_penalty, -2, 2)
         _number("frequency_penalty", self.frequency_penalty, -2, 2)
         _number("repetition_penalty", self.repetition_penalty, 0, 100, open_below=True)
         if self.seed is not None:
-            _integer("seed", self.seed, -(2**63), 2**64 - 1)
+            require_integer("seed", self.seed, -(2**63), 2**64 - 1)
         if self.logprobs is not None:
-            _integer("logprobs", self.logprobs, 0, 100)
+            require_integer("logprobs", self.logprobs, 0, 100)
         if not isinstance(self.ignore_eos, bool):
             raise RequestError(f"ignore_eos is {self.ignore_eos!r}; true or false was expected")
         object.__setattr__(self, "stop_token_ids", _items("stop_token_ids", self.stop_token_ids, int))
@@ -51,7 +51,12 @@ class SamplingParams:
             raise RequestError("stop holds an empty string, which every text contains; leave it out")
 
 
-def _integer(name: str, value: object, low: int, high: int | None = None) -> None:
+def require_integer(name: str, value: object, low: int, high: int | None = None) -> None:
+    """Refuse what is no integer from `low` to `high`.
+
+    Raises:
+        RequestError: naming `name`.
+    """
     if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
         upper = "" if high is None else f" to {high}"
         raise RequestError(f"{name} is {value!r}; an integer from {low}{upper} was expected")

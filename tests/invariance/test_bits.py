@@ -8,7 +8,7 @@ import torch
 from pyrosome.engine.runner import Runner
 from pyrosome.model.step import Span, Step
 from pyrosome.ops import native
-from pyrosome.ops.seam import OPS
+from pyrosome.ops.seam import OPS, use
 from pyrosome.testing.shapes import tiny
 from tests.golden.vectors import ids, model
 from tests.networks import network, run, tokens
@@ -147,3 +147,17 @@ def test_a_step_leaves_torch_its_threads():
         hook.remove()
         torch.set_num_threads(before)
     assert seen == [(1, 2)]
+
+
+def test_where_the_definitions_run_torch_keeps_its_threads():
+    before, seen = torch.get_num_threads(), []
+    m = model("fp8fp4")
+    hook = m.network.register_forward_hook(lambda *_: seen.append(torch.get_num_threads()))
+    torch.set_num_threads(2)
+    try:
+        with use(OPS["linear"], "torch"):
+            m.logits(ids("fp8fp4")[:5])
+    finally:
+        hook.remove()
+        torch.set_num_threads(before)
+    assert seen == [2]

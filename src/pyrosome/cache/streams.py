@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+from pyrosome.config import BLOCK_TOKENS as BLOCK_TOKENS  # part of this table too
 from pyrosome.config import ModelConfig
 from pyrosome.errors import CheckpointError
 
@@ -17,7 +18,6 @@ KVFormat = Literal["f32", "bf16", "fp8"]
 KV_FORMATS: tuple[KVFormat, ...] = ("f32", "bf16", "fp8")
 
 PAGE_ROWS = 64  # rows of one page of one history stream
-BLOCK_TOKENS = 128  # prefixes are named in blocks of this many tokens: every ratio divides it
 FP8_GROUP, FP4_GROUP = 64, 32  # channels that share a scale in a stored row
 
 

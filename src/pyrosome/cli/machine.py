@@ -17,7 +17,7 @@ from pyrosome.cli.first_contact import machine_memory
 FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_bf16", "asimd", "asimddp", "bf16", "i8mm")
 PACKAGES = ("torch", "numpy", "tokenizers", "safetensors", "deepseek-recipe", "triton")
 # Not ours, and decide speed or device all the same.
-FOREIGN = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "TRITON_INTERPRET", "RANK", "WORLD_SIZE")
+FOREIGN = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "TRITON_INTERPRET", "WORLD_SIZE")
 
 
 def cpu() -> dict[str, Any]:

@@ -19,6 +19,8 @@ from pyrosome.model.build import Network
 from pyrosome.model.mtp import keep_streams, streams_at
 from pyrosome.model.step import Span, Step
 from pyrosome.ops import native
+from pyrosome.ops.linear import linear
+from pyrosome.ops.seam import Place
 
 
 @dataclasses.dataclass(eq=False)
@@ -44,6 +46,9 @@ class Runner:
         self.device = model.embed.device
         self.has_drafts = len(model.mtp) > 0
         self.num_drafts = num_drafts
+        # Elsewhere (a GPU, the definitions asked for, no compiler) torch keeps its threads, and nothing is built.
+        is_native = linear.pick(Place(self.device.type, (0, 0), "", False)).name == "cpu"
+        self._one_pool = native.one_pool if is_native else contextlib.nullcontext
         self.pool = CachePool(
             model.config,
             kv_format,
@@ -75,7 +80,7 @@ class Runner:
             CacheInvariantBroken: a sequence was closed, or a step of it failed half-way.
         """
         step = self._admit(spans)
-        with native.one_pool(), self._whole_or_broken(spans):
+        with self._one_pool(), self._whole_or_broken(spans):
             streams = self.model(step, cache=self.pool.layers(step)).streams
             logits = self.model.logits(streams if every_row else streams[step.last_token_B()])
             if self.has_drafts:  # last: where the head fails, the streams of the position before are still there
@@ -91,7 +96,7 @@ class Runner:
         """
         spans = [(sequence, ids)]
         step = self._admit(spans)
-        with native.one_pool(), self._whole_or_broken(spans):
+        with self._one_pool(), self._whole_or_broken(spans):
             logits = self._drafted(step, sequence, ids)
         self._commit(spans)
         return logits

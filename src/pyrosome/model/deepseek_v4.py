@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pyrosome.cache.views import LayerCache, fresh_layers
-from pyrosome.config import ModelConfig
+from pyrosome.config import CSA_RATIO, ModelConfig
 from pyrosome.model.experts import ExpertBank
 from pyrosome.model.layers import Linear, RMSNorm, Weight
 from pyrosome.model.numerics import Numerics
@@ -31,8 +31,6 @@ from pyrosome.ops.route import choose_experts, expert_weights, route_scores
 from pyrosome.ops.rows import RowSource
 from pyrosome.ops.sparse_attention import finish_attention, sparse_attention
 from pyrosome.quant import hadamard
-
-CSA_RATIO = 4
 
 
 class Compressor(nn.Module):

@@ -49,7 +49,7 @@ _SIGNATURES = {
     "sparse_attention": (_P, _P, _P, _P, _P, _P, _I, _I, _I, _I, _F, _N),
     "finish_attention": (_P, _P, _N, _P, _P, _P, _I, _I, _I, _I, _N),
     "compress": (_P,) * 10 + (_I,) * 6 + (_N,),
-    "index_scores": (_P, _P, _P, _P, _I, _I, _I, _I, _I, _N),
+    "index_scores": (_P, _P, _P, _P, _I, _I, _I, _I, _N),
 }
 
 
@@ -177,7 +177,7 @@ def one_pool() -> Iterator[None]:
     """
     global _lent
     count = torch.get_num_threads()
-    if _lent or count == 1 or not isinstance(_library(), ctypes.CDLL):
+    if _lent or count == 1:
         yield
         return
     _lent = count
@@ -196,6 +196,11 @@ def stored(weight: Tensor | QuantTensor) -> tuple[int, Tensor, Tensor | None]:
     if weight.dtype == torch.bfloat16:
         return _BF16, weight.contiguous(), None
     return 0, weight.float().contiguous(), None
+
+
+def address(tensor: Tensor | None) -> int:
+    """Where a tensor's values are; 0 for none."""
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 if __name__ == "__main__":  # build ahead of first use, and say what was built

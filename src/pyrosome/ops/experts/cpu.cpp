@@ -31,6 +31,11 @@ void each_tile(const int64_t* first, int64_t E, int64_t N, int threads, F produc
     });
 }
 
+float clamped_swiglu(float gate, float up, float limit) {
+    const float a = std::min(gate, limit), b = std::max(-limit, std::min(up, limit));
+    return a / (1.0f + std::exp(-a)) * b;
+}
+
 }  // namespace
 
 // Sorts pairs by expert, stable; -1 is no expert.  order [P] holds pairs, first [E + 1] each expert's first place in it.
@@ -69,10 +74,7 @@ EXPORT void pyrosome_experts_up(const float* x, int64_t K, const int64_t* order,
         dot_block(from.data(), widened(up.of(e), n0, n1, D, scratch.data()), other.data(), M, n0, n1, D);
         for (int64_t m = 0; m < M; ++m) {
             const float w = weight[order[first[e] + m]];
-            for (int64_t n = n0; n < n1; ++n) {
-                const float a = std::min(to[m][n], limit), b = std::max(-limit, std::min(other[m][n], limit));
-                to[m][n] = a / (1.0f + std::exp(-a)) * b * w;
-            }
+            for (int64_t n = n0; n < n1; ++n) to[m][n] = clamped_swiglu(to[m][n], other[m][n], limit) * w;
         }
     });
 }
@@ -83,9 +85,7 @@ EXPORT void pyrosome_experts_down(const float* h, int64_t T, int64_t K, const in
                                   int64_t I, int threads) {
     threads = worth(first[E] * D * I, threads);
     const Bank down{{format, w2, s2}, D, I};
-    std::vector<float> pairs(T * K * D);
-    std::vector<uint8_t> real(T * K, 0);
-    for (int64_t place = 0; place < first[E]; ++place) real[order[place]] = 1;
+    std::vector<float> pairs(T * K * D);  // zero, and so it stays for a pair without an expert
     each_tile(first, E, D, threads, [&](int64_t e, int64_t n0, int64_t n1) {
         const int64_t M = first[e + 1] - first[e];
         std::vector<const float*> from(M);
@@ -103,15 +103,11 @@ EXPORT void pyrosome_experts_down(const float* h, int64_t T, int64_t K, const in
             float* out = y + t * D;
             std::fill(out, out + D, 0.0f);
             for (int64_t k = 0; k < K; ++k)
-                if (real[t * K + k])
-                    for (int64_t d = 0; d < D; ++d) out[d] += pairs[(t * K + k) * D + d];
+                for (int64_t d = 0; d < D; ++d) out[d] += pairs[(t * K + k) * D + d];
         }
     });
 }
 
 EXPORT void pyrosome_swiglu(const float* gate, const float* up, float* out, int64_t count, float limit) {
-    for (int64_t i = 0; i < count; ++i) {
-        const float a = std::min(gate[i], limit), b = std::max(-limit, std::min(up[i], limit));
-        out[i] = a / (1.0f + std::exp(-a)) * b;
-    }
+    for (int64_t i = 0; i < count; ++i) out[i] = clamped_swiglu(gate[i], up[i], limit);
 }

@@ -29,20 +29,16 @@ def routed_experts(x_TD: Tensor, bank: ExpertWeights, expert_TK: Tensor, weight_
     x_TD = bank.prepare(x_TD).contiguous()
     h_RI = torch.zeros(T * K, inner)  # rows past the last pair stay zero
     lib.pyrosome_experts_up(
-        x_TD.data_ptr(), K, order.data_ptr(), first.data_ptr(), E, weight_TK.data_ptr(), kind1, w1.data_ptr(), _at(s1),
-        kind3, w3.data_ptr(), _at(s3), h_RI.data_ptr(), D, inner, limit, threads,
+        x_TD.data_ptr(), K, order.data_ptr(), first.data_ptr(), E, weight_TK.data_ptr(), kind1, w1.data_ptr(),
+        native.address(s1), kind3, w3.data_ptr(), native.address(s3), h_RI.data_ptr(), D, inner, limit, threads,
     )  # fmt: skip
     h_RI = bank.prepare(h_RI).contiguous()
     y_TD = x_TD.new_empty(T, D)
     lib.pyrosome_experts_down(
-        h_RI.data_ptr(), T, K, order.data_ptr(), first.data_ptr(), E, kind2, w2.data_ptr(), _at(s2),
+        h_RI.data_ptr(), T, K, order.data_ptr(), first.data_ptr(), E, kind2, w2.data_ptr(), native.address(s2),
         y_TD.data_ptr(), D, inner, threads,
     )  # fmt: skip
     return y_TD
-
-
-def _at(scale: Tensor | None) -> int:
-    return scale.data_ptr() if scale is not None else 0
 
 
 def clamped_swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:

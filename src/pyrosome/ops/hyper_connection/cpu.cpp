@@ -1,4 +1,4 @@
-// Hyper-connection, the half before a sub-block, fused: project, normalise, gate, Sinkhorn, collapse.
+// Hyper-connection, fused: before a sub-block (project, normalise, gate, Sinkhorn, collapse), after it, and at the head.
 #include "native.h"
 
 #include <algorithm>
@@ -38,6 +38,20 @@ void softmax(float* row, int J, float eps) {
     for (int j = 0; j < J; ++j) row[j] = row[j] / sum + eps;
 }
 
+// One over the RMS of all of a token's values.
+float inverse_rms(const float* values, int64_t count, float eps) {
+    float square, *to = &square;
+    dot_block(&values, values, &to, 1, 0, 1, count);
+    return 1.0f / std::sqrt(square / static_cast<float>(count) + eps);
+}
+
+// out [D] = sum_j weight_j x_j, streams in order.
+void collapse(const float* x, const float* weight, int J, int64_t D, float* out) {
+    for (int64_t d = 0; d < D; ++d) out[d] = weight[0] * x[d];
+    for (int j = 1; j < J; ++j)
+        for (int64_t d = 0; d < D; ++d) out[d] += weight[j] * x[j * D + d];
+}
+
 }  // namespace
 
 EXPORT void pyrosome_hyper_connection_in(const float* streams, const float* fn, const float* scale, const float* base,
@@ -55,10 +69,7 @@ EXPORT void pyrosome_hyper_connection_in(const float* streams, const float* fn, 
         dot_block(rows.data(), fn, mixes.data(), t1 - t0, 0, wide, J * D);
         for (int64_t t = t0; t < t1; ++t) {
             const float* m = mixes[t - t0];
-            float square;
-            float* to = &square;
-            dot_block(&rows[t - t0], rows[t - t0], &to, 1, 0, 1, J * D);
-            const float r = 1.0f / std::sqrt(square / static_cast<float>(J * D) + norm_eps);
+            const float r = inverse_rms(rows[t - t0], J * D, norm_eps);
             float pre[MAX_J];
             float* C = comb + t * J * J;
             for (int j = 0; j < J; ++j) {
@@ -68,11 +79,7 @@ EXPORT void pyrosome_hyper_connection_in(const float* streams, const float* fn, 
             for (int i = 0; i < J * J; ++i) C[i] = m[2 * J + i] * r * scale[2] + base[2 * J + i];
             for (int i = 0; i < J; ++i) softmax(C + i * J, J, hc_eps);
             sinkhorn(C, J, hc_eps, iters);
-            const float* x = streams + t * J * D;
-            float* out = u + t * D;
-            for (int64_t d = 0; d < D; ++d) out[d] = pre[0] * x[d];
-            for (int j = 1; j < J; ++j)
-                for (int64_t d = 0; d < D; ++d) out[d] += pre[j] * x[j * D + d];
+            collapse(rows[t - t0], pre, J, D, u + t * D);
         }
     });
 }
@@ -99,16 +106,11 @@ EXPORT void pyrosome_hyper_connection_out(const float* streams, const float* o, 
 EXPORT void pyrosome_hyper_connection_head(const float* streams, const float* fn, const float* scale, const float* base,
                                            float* y, int64_t T, int J, int64_t D, float norm_eps, float hc_eps) {
     for (int64_t t = 0; t < T; ++t) {
-        const float *x = streams + t * J * D, *row = x;
-        float mix[MAX_J], square;
-        float *to = mix, *one = &square, *out = y + t * D;
-        dot_block(&row, fn, &to, 1, 0, J, J * D);
-        dot_block(&row, row, &one, 1, 0, 1, J * D);
-        const float r = 1.0f / std::sqrt(square / static_cast<float>(J * D) + norm_eps);
-        std::fill(out, out + D, 0.0f);
-        for (int j = 0; j < J; ++j) {
-            const float p = sigmoid(mix[j] * r * scale[0] + base[j]) + hc_eps;
-            for (int64_t d = 0; d < D; ++d) out[d] += p * x[j * D + d];
-        }
+        const float* x = streams + t * J * D;
+        float weight[MAX_J], *to = weight;
+        dot_block(&x, fn, &to, 1, 0, J, J * D);
+        const float r = inverse_rms(x, J * D, norm_eps);
+        for (int j = 0; j < J; ++j) weight[j] = sigmoid(weight[j] * r * scale[0] + base[j]) + hc_eps;
+        collapse(x, weight, J, D, y + t * D);
     }
 }

@@ -5,7 +5,7 @@
 #include <vector>
 
 EXPORT void pyrosome_index_scores(const float* q, const float* keys, const float* weight, float* score, int64_t T,
-                                  int64_t H, int64_t C, int64_t N, int64_t lds, int threads) {
+                                  int64_t H, int64_t C, int64_t N, int threads) {
     threads = worth(T * H * C * N, threads);
     const int64_t tile = 256, tiles = (N + tile - 1) / tile;  // products of one token and one tile stay in a cache
     parallel(T * tiles, threads, [&](int64_t part) {
@@ -15,7 +15,7 @@ EXPORT void pyrosome_index_scores(const float* q, const float* keys, const float
         std::vector<float*> to(H);
         for (int64_t h = 0; h < H; ++h) from[h] = q + (t * H + h) * C, to[h] = product.data() + h * (n1 - n0) - n0;
         dot_block(from.data(), keys + n0 * C, to.data(), H, n0, n1, C);
-        float* out = score + t * lds + n0;
+        float* out = score + t * N + n0;
         std::fill(out, out + (n1 - n0), 0.0f);
         for (int64_t h = 0; h < H; ++h) {
             const float w = weight[t * H + h], *p = product.data() + h * (n1 - n0);

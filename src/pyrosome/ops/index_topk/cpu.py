@@ -13,6 +13,6 @@ def index_scores(q_THC: Tensor, keys_NC: Tensor, weight_TH: Tensor) -> Tensor:
     q_THC, keys_NC, weight_TH = q_THC.contiguous(), keys_NC.float().contiguous(), weight_TH.contiguous()
     score_TN = q_THC.new_empty(T, N)
     native.library().pyrosome_index_scores(
-        q_THC.data_ptr(), keys_NC.data_ptr(), weight_TH.data_ptr(), score_TN.data_ptr(), T, H, C, N, N, native.threads()
+        q_THC.data_ptr(), keys_NC.data_ptr(), weight_TH.data_ptr(), score_TN.data_ptr(), T, H, C, N, native.threads()
     )
     return score_TN

@@ -27,7 +27,7 @@ def _product(x_ME: Tensor, G: int, N: int, K: int, weight: Tensor | QuantTensor)
         raise RuntimeError(f"rows of {x_ME.shape[1]} were given to {G} products of {K} inputs each")
     y = x_ME.new_empty(M, G * N)
     native.library().pyrosome_linear(
-        x_ME.data_ptr(), G * K, kind, data.data_ptr(), scale.data_ptr() if scale is not None else 0, y.data_ptr(),
+        x_ME.data_ptr(), G * K, kind, data.data_ptr(), native.address(scale), y.data_ptr(),
         M, G, N, K, native.threads(),
     )  # fmt: skip
     return y
