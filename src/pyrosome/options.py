@@ -29,6 +29,9 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     logprobs: int | None = None  # report this many top tokens besides the chosen one
     ignore_eos: bool = False
+    n: int = 1  # completions of one prompt, which is computed once
+    max_thinking_tokens: int | None = None  # then reasoning is closed; None: no limit of its own
+    max_repeats: int | None = None  # end when the last tokens are one passage so many times over; None: never
 
     def __post_init__(self) -> None:
         require_integer("max_tokens", self.max_tokens, 1)
@@ -43,12 +46,72 @@ class SamplingParams:
             require_integer("seed", self.seed, -(2**63), 2**64 - 1)
         if self.logprobs is not None:
             require_integer("logprobs", self.logprobs, 0, 100)
+        require_integer("n", self.n, 1, 128)
+        if self.max_thinking_tokens is not None:
+            require_integer("max_thinking_tokens", self.max_thinking_tokens, 0)
+        if self.max_repeats is not None:
+            require_integer("max_repeats", self.max_repeats, 2)
         if not isinstance(self.ignore_eos, bool):
             raise RequestError(f"ignore_eos is {self.ignore_eos!r}; true or false was expected")
         object.__setattr__(self, "stop_token_ids", _items("stop_token_ids", self.stop_token_ids, int))
         object.__setattr__(self, "stop", _items("stop", (self.stop,) if isinstance(self.stop, str) else self.stop, str))
         if "" in self.stop:
             raise RequestError("stop holds an empty string, which every text contains; leave it out")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Constraint:
+    """What the answer must be, as text: a grammar is built from it where the tokens are chosen.
+
+    `kind` is "json", "regex", "lark", "tool_call" (calls are optional, but when made must fit) or
+    "tool_call_required"; `schema` the JSON Schema, the expression, the grammar, or the tools as a JSON list; "" is
+    any JSON.  With `after_reasoning` it begins to hold after `</think>`.
+    """
+
+    kind: str
+    schema: str
+    after_reasoning: bool = False
+    parallel: bool = True  # several calls in one answer are allowed
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """What an engine may use, and how it spends it.
+
+    Raises:
+        RequestError: a field is of a wrong type or outside its range; the message names it.
+    """
+
+    max_sequences: int = 8  # that are computed at once; more wait
+    max_context: int = 0  # tokens of one sequence; 0: as many as the model has positions for and the cache holds
+    cache_bytes: int = 1 << 30  # history of all sequences together, prefixes kept for reuse included
+    snapshot_bytes: int = 256 << 20  # copies of state at boundaries, in host memory
+    host_bytes: int = 0  # history that had to leave the cache, in host memory
+    disk_path: str = ""  # a folder for what does not fit there either; "": none
+    disk_bytes: int = 16 << 30
+    step_tokens: int = 2048  # computed per step at most
+    drafter: str = "auto"  # "auto" (the checkpoint's own head, where it has one), "mtp", "lookup" or "off"
+    max_drafts: int = 3  # tokens drafted per sequence and step at most; how many depends on what was accepted
+    self_check: float = 0.0  # share of prefix hits that are recomputed and compared, bit for bit
+    log_every: int = 0  # steps between log lines; 0: none
+    trace_path: str = ""  # a Chrome trace is written there when the engine closes; "": none
+
+    def __post_init__(self) -> None:
+        for name, low in (
+            ("max_sequences", 1), ("max_context", 0), ("cache_bytes", 1), ("snapshot_bytes", 0), ("host_bytes", 0),
+            ("disk_bytes", 0), ("step_tokens", 1), ("log_every", 0),
+        ):  # fmt: skip
+            require_integer(name, getattr(self, name), low)
+        require_integer("max_drafts", self.max_drafts, 0, 8)
+        _number("self_check", self.self_check, 0, 1)
+        if self.drafter not in DRAFTERS:
+            raise RequestError(f"drafter is {self.drafter!r}; it is one of {', '.join(DRAFTERS)}")
+        for name in ("disk_path", "trace_path"):
+            if not isinstance(getattr(self, name), str):
+                raise RequestError(f"{name} is {getattr(self, name)!r}; a path as text was expected")
+
+
+DRAFTERS = ("auto", "mtp", "lookup", "off")
 
 
 def require_integer(name: str, value: object, low: int, high: int | None = None) -> None:

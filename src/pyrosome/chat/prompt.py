@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from pyrosome.options import Constraint as Constraint  # part of a prompt too
 from pyrosome.options import SamplingParams
 
 Protocol = str  # "chat_completions", "messages" or "responses"
@@ -25,21 +26,6 @@ class Sampling:
     seed: int | None = None
     logprobs: bool = False
     top_logprobs: int | None = None
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Constraint:
-    """What the answer must be, as text: a grammar is built from it where the tokens are chosen.
-
-    `kind` is "json", "regex", "tool_call" (calls are optional, but when made must fit) or "tool_call_required";
-    `schema` the JSON Schema, the expression, or the tools as a JSON list; "" is any JSON.  With `after_reasoning`
-    it begins to hold after `</think>`.
-    """
-
-    kind: str
-    schema: str
-    after_reasoning: bool = False
-    parallel: bool = True  # several calls in one answer are allowed
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
