@@ -52,7 +52,7 @@ def fill(runner: Runner, sequence: Sequence, length: int, rows: RandomRows) -> N
     if sequence.length:
         raise ValueError(f"an empty sequence can be filled; this one has {sequence.length} tokens")
     config, pool = runner.model.config, runner.pool
-    pool.grow(sequence.slot, length)
+    pool.prepare(sequence.holding, 0, length)
     specs = [layer_streams(config, ratio, pool.kv_format) for ratio in config.layer_ratios]
     kept = min(length, max(s.keep for layer in specs for s in layer if s.keep is not None))
     last = Step.of([Span(sequence.slot, length - kept, [0] * kept)], runner.device)
@@ -69,7 +69,7 @@ def fill(runner: Runner, sequence: Sequence, length: int, rows: RandomRows) -> N
                 cache.keep_tail(spec.name, *row_TC.chunk(2, dim=1))
             else:
                 cache.keep_window(row_TC)
-    sequence.length = length
+    sequence.length = sequence.written = length
 
 
 def emitted(row_N: Tensor, ratio: int, slot: int) -> Emit:

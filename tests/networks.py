@@ -13,6 +13,7 @@ from pyrosome.engine.runner import Runner
 from pyrosome.model.build import Network, fill
 from pyrosome.model.numerics import numerics_named
 from pyrosome.testing.checkpoints import Layout, random_tensors
+from pyrosome.testing.shapes import tiny
 
 
 @functools.lru_cache(maxsize=8)
@@ -67,3 +68,26 @@ def assert_same(ours: Tensor, theirs: Tensor, atol: float = 1e-4) -> None:
     best = theirs.topk(2, -1).values
     clear = best[..., 0] - best[..., 1] > 1e-3
     assert (ours.argmax(-1) == theirs.argmax(-1))[clear].all()
+
+
+@functools.cache
+def agreeing_network(ratios: tuple[int, ...] = (0, 4, 128), numerics: str = "exact", scale: float = 0.3) -> Network:
+    """A network whose draft stage often says what the trunk will: the next token follows mostly from the last one.
+
+    Sub-blocks write little into the streams (`scale`), and the draft stage passes on the embedding of the last id.
+    """
+    config = tiny(ratios)
+    width = config.hidden_size
+
+    def changed(name: str, value: Tensor) -> Tensor:
+        if name.endswith(("attn.wo_b.weight", "w2.weight")):
+            return value * (0.0 if name.startswith("mtp.") else scale)
+        if name == "mtp.0.e_proj.weight":
+            return torch.eye(width, dtype=value.dtype)
+        if name == "mtp.0.h_proj.weight":
+            return torch.zeros_like(value)
+        return torch.ones_like(value) if name in ("norm.weight", "mtp.0.norm.weight", "mtp.0.enorm.weight") else value
+
+    model = Network(config, numerics_named(numerics), drafts=True)
+    fill(model, ((n, changed(n, t)) for n, t in random_tensors(config, 0, "bf16")), unpack=True)
+    return model.eval()

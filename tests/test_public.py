@@ -16,8 +16,9 @@ import pytest
 import pyrosome
 
 NAMES = {
-    "LLM", "Chat", "CheckpointError", "EngineError", "LoadedModel", "Message", "ModelConfig", "Output", "Piece",
-    "PlanError", "PyrosomeError", "RequestError", "SamplingParams", "ToolCall", "load_model",
+    "LLM", "Chat", "CheckpointError", "EngineError", "EngineOptions", "LoadedModel", "Message", "ModelConfig", "Output",
+    "Piece",
+    "PlanError", "PyrosomeError", "RequestError", "SamplingParams", "Session", "ToolCall", "load_model",
 }  # fmt: skip
 HEAVY = ("torch", "numpy", "tokenizers", "typer", "rich", "safetensors", "deepseek_recipe")
 REQUIRED = inspect.Parameter.empty
@@ -96,7 +97,7 @@ SIGNATURES = {
     },
     "LLM": {
         "path_or_name": REQUIRED, "numerics": "trained", "kv_format": None, "device": "cpu",
-        "*max_sequences": 8, "*step_tokens": 2048, "*progress": None,
+        "*options": None, "*progress": None, "changes": REQUIRED,
     },
     "LLM.generate": {"prompts": REQUIRED, "params": None},
     "LLM.stream": {"prompt": REQUIRED, "params": None},
@@ -104,6 +105,16 @@ SIGNATURES = {
     "LLM.chat_stream": {"messages": REQUIRED, "thinking": "high", "tools": None, "params": None},
     "LLM.kv_bytes": {"context": 0},
     "LLM.encode": {"text": REQUIRED},
+    "LLM.session": {"prompt": ()},
+    "LLM.restore": {"path": REQUIRED},
+    "Session.extend": {"more": REQUIRED},
+    "Session.generate": {"params": None},
+    "Session.stream": {"params": None},
+    "Session.chat": {"messages": (), "thinking": "high", "tools": None, "params": None},
+    "Session.fork": {},
+    "Session.rewind": {"num_tokens": REQUIRED},
+    "Session.save": {"path": REQUIRED},
+    "Session.close": {},
     "LoadedModel.logits": {"ids": REQUIRED, "cuts": None},
     "LoadedModel.draft_logits": {"ids": REQUIRED, "cuts": None},
     "LoadedModel.runner": {"max_sequences": 4, "max_context": 4096, "*num_drafts": 0},
@@ -120,12 +131,13 @@ def test_signatures_that_users_call(name):
 
 
 FIELDS = {
-    "Output": ["token_ids", "text", "logprobs", "finish_reason"],
+    "Output": ["token_ids", "text", "logprobs", "finish_reason", "cached_tokens", "error"],
     "Piece": ["text", "token_ids", "finish_reason"],
-    "LoadedModel": ["network", "config", "numerics", "kv_format", "path"],
+    "LoadedModel": ["network", "config", "numerics", "kv_format", "path", "index"],
     "SamplingParams": [
         "max_tokens", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
-        "repetition_penalty", "seed", "stop_token_ids", "stop", "logprobs", "ignore_eos",
+        "repetition_penalty", "seed", "stop_token_ids", "stop", "logprobs", "ignore_eos", "n",
+        "max_thinking_tokens", "max_repeats",
     ],
 }  # fmt: skip
 

@@ -16,19 +16,23 @@ if TYPE_CHECKING:
     from pyrosome.chat import Chat, Message, ToolCall
     from pyrosome.config import ModelConfig
     from pyrosome.errors import CheckpointError, EngineError, PlanError, PyrosomeError, RequestError
-    from pyrosome.llm import LLM, LoadedModel, Output, Piece, load_model
-    from pyrosome.options import SamplingParams
+    from pyrosome.llm import LLM, LoadedModel, load_model
+    from pyrosome.options import EngineOptions, SamplingParams
+    from pyrosome.output import Output, Piece
+    from pyrosome.session import Session
 
 _HOME = {
     "LLM": "llm",
     "LoadedModel": "llm",
-    "Output": "llm",
-    "Piece": "llm",
+    "Output": "output",
+    "Piece": "output",
     "load_model": "llm",
     "Chat": "chat",
     "Message": "chat",
     "ToolCall": "chat",
     "SamplingParams": "options",
+    "EngineOptions": "options",
+    "Session": "session",
     "ModelConfig": "config",
     "PyrosomeError": "errors",
     "CheckpointError": "errors",
@@ -41,6 +45,7 @@ __all__ = [
     "Chat",
     "CheckpointError",
     "EngineError",
+    "EngineOptions",
     "LoadedModel",
     "Message",
     "ModelConfig",
@@ -50,6 +55,7 @@ __all__ = [
     "PyrosomeError",
     "RequestError",
     "SamplingParams",
+    "Session",
     "ToolCall",
     "load_model",
 ]

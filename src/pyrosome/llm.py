@@ -1,170 +1,31 @@
-"""The public face: load a model, read its logits, generate from it.
-
-Shape letters: T tokens, V vocabulary.
-"""
+"""The public face: load a model, generate from it, chat with it, keep sessions."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from itertools import pairwise
+import itertools
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from pyrosome.cache.streams import CachePlan, plan_cache
-from pyrosome.chat import Chat, Detokenizer, Message, Tokenizer
+from pyrosome.chat import Chat, Message, Tokenizer
 from pyrosome.chat.events import Done, Event, Usage
 from pyrosome.chat.prompt import Prompt
-from pyrosome.checkpoint.index import open_checkpoint
-from pyrosome.config import ModelConfig
-from pyrosome.engine.generate import Request, TokenEvent, generate
-from pyrosome.engine.runner import Runner, check_ids
-from pyrosome.errors import ContextTooLong, RequestError
-from pyrosome.model.build import Network, build
-from pyrosome.model.numerics import numerics_named
-from pyrosome.options import SamplingParams, require_integer
-
-
-@dataclasses.dataclass(eq=False)
-class LoadedModel:
-    """A network with its weights, and the row format its caches are opened in."""
-
-    network: Network
-    config: ModelConfig
-    numerics: str
-    kv_format: str
-    path: Path
-
-    @property
-    def has_drafts(self) -> bool:
-        """Whether an MTP stage was loaded with the trunk."""
-        return len(self.network.mtp) > 0
-
-    def runner(self, max_sequences: int = 4, max_context: int = 4096, *, num_drafts: int = 0) -> Runner:
-        """Open a cache for up to `max_sequences` sequences of up to `max_context` tokens each."""
-        return Runner(self.network, self.kv_format, max_sequences, max_context, num_drafts=num_drafts)
-
-    def logits(self, ids: Sequence[int], cuts: Iterable[int] | None = None) -> Tensor:
-        """Logits after each token, float32 [T, V], computed through the cache.
-
-        Args:
-            cuts: positions where a span ends and the next begins, ascending, each in 1..T-1;
-                `range(1, len(ids))` is token by token, None is one span.
-
-        Raises:
-            RequestError: no ids, an id outside the vocabulary, cuts out of order.
-            ContextTooLong: more ids than the model has positions for.
-        """
-        ids = self._checked(ids)
-        runner = self.runner(1, len(ids))
-        sequence = runner.open()
-        rows = [runner.step([(sequence, ids[a:b])], every_row=True)[0] for a, b in _pieces(len(ids), cuts)]
-        return torch.cat(rows).float()
-
-    def draft_logits(self, ids: Sequence[int], cuts: Iterable[int] | None = None) -> Tensor:
-        """Logits of the MTP stage, float32 [T - 1, V]: row t reads token t + 1 and is about token t + 2.
-
-        Raises:
-            RequestError: as `logits`; or this checkpoint has no MTP stage.
-        """
-        if not self.has_drafts:
-            release = "a DSpark head, which this version does not run yet" if self.config.dspark else "no MTP tensors"
-            raise RequestError(f"draft logits were asked for and {self.path} has {release}; use `logits`")
-        ids = self._checked(ids)
-        runner = self.runner(1, len(ids))
-        sequence = runner.open()
-        rows = [runner.step_with_drafts(sequence, ids[a:b]) for a, b in _pieces(len(ids), cuts)]
-        return torch.cat(rows).float()
-
-    def _checked(self, ids: Sequence[int]) -> list[int]:
-        ids = ids.tolist() if isinstance(ids, Tensor) else list(ids)
-        check_ids(ids, self.config.vocab_size)
-        check_length(len(ids), self.config)
-        return ids
-
-
-def check_length(num_tokens: int, config: ModelConfig) -> None:
-    """Refuse more tokens than the model has positions for.
-
-    Raises:
-        ContextTooLong
-    """
-    if num_tokens > config.max_position_embeddings:
-        raise ContextTooLong(
-            num_tokens, config.max_position_embeddings, "shorten the prompt (max_position_embeddings is the limit)"
-        )
-
-
-def _pieces(length: int, cuts: Iterable[int] | None) -> list[tuple[int, int]]:
-    cuts = list(cuts) if cuts is not None else []
-    if cuts != sorted(set(cuts)) or any(not 0 < c < length for c in cuts):
-        raise RequestError(f"cuts must ascend within 1..{length - 1} for {length} tokens; {cuts} were given")
-    edges = [0, *cuts, length]
-    return list(pairwise(edges))
-
-
-def load_model(
-    path_or_name: str | Path,
-    device: str = "cpu",
-    numerics: str = "exact",
-    kv_format: str | None = None,
-    *,
-    unpack: bool | None = None,
-    progress: Callable[[int, int, str], None] | None = None,
-) -> LoadedModel:
-    """Load a checkpoint in the official layout: a directory, a single file, or a built-in name.
-
-    Args:
-        numerics: "exact" (no rounding simulated) or "trained" (every rounding the weights were trained with).
-        kv_format: stored cache rows: "f32", "bf16" or "fp8"; None takes the numerics' own (exact f32, trained fp8).
-        unpack: hold float32 copies of the weights (True), hold them as stored (False), or decide by size (None).
-        progress: called with (bytes read, bytes in all, shard name).
-
-    Raises:
-        CheckpointError: the files are not what they claim to be, or the shape cannot be stored in `kv_format`.
-        RequestError: unknown numerics, or a device that is not there.
-    """
-    arithmetic = numerics_named(numerics)
-    _check_device(device)
-    kv_format = kv_format or arithmetic.default_kv_format
-    index = open_checkpoint(path_or_name)
-    plan_cache(index.config, kv_format, 1, 1)  # a format that cannot store this shape is refused before the load
-    network = build(index, arithmetic, device=device, unpack=unpack, progress=progress)
-    return LoadedModel(network, index.config, numerics, kv_format, index.path)
-
-
-def _check_device(device: str) -> None:
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise RequestError(
-            f"device {device!r} was asked for and torch cannot use it ({str(error).splitlines()[0]}); "
-            "'cpu' always works"
-        ) from None
-
-
-@dataclasses.dataclass(frozen=True)
-class Output:
-    """One finished generation."""
-
-    token_ids: list[int]
-    text: str
-    logprobs: list[dict[int, float]] | None  # per token: its own and the top ones asked for; raw model distribution
-    finish_reason: str  # "stop" or "length"
-
-
-@dataclasses.dataclass(frozen=True)
-class Piece:
-    """A streamed part of a generation: text that no later token can change."""
-
-    text: str
-    token_ids: list[int]
-    finish_reason: str | None
+from pyrosome.engine.loaded import LoadedModel as LoadedModel  # part of this face too
+from pyrosome.engine.loaded import check_length
+from pyrosome.engine.loaded import load_model as load_model
+from pyrosome.engine.request import Ended, Request
+from pyrosome.engine.runner import check_ids
+from pyrosome.engine.stats import Stats
+from pyrosome.engine.worker import EngineThread, EventStream
+from pyrosome.errors import RequestError
+from pyrosome.options import EngineOptions, SamplingParams
+from pyrosome.output import Output, Piece, collect, pieces, raise_failed
+from pyrosome.session import Session
 
 
 class LLM:
@@ -184,38 +45,86 @@ class LLM:
         kv_format: str | None = None,
         device: str = "cpu",
         *,
-        max_sequences: int = 8,
-        step_tokens: int = 2048,
+        options: EngineOptions | None = None,
         progress: Callable[[int, int, str], None] | None = None,
+        **changes: Any,
     ) -> None:
-        require_integer("max_sequences", max_sequences, 1)
-        require_integer("step_tokens", step_tokens, 1)
+        self.options = dataclasses.replace(options or EngineOptions(), **_known(changes))
         self.model = load_model(path_or_name, device, numerics, kv_format, progress=progress)
         self.tokenizer = Tokenizer.from_dir(self.model.path)
-        self.max_sequences, self.step_tokens = max_sequences, step_tokens
+        self._numbers = itertools.count()
+
+    @functools.cached_property
+    def engine(self) -> EngineThread:
+        """The engine, in a thread of its own; made when it is first needed."""
+        thread = EngineThread(self.model.engine(self.options))
+        weakref.finalize(self, thread.close)
+        return thread
+
+    def close(self) -> None:
+        """End what runs and free the cache; a trace is written out.  Also at the end of a `with` block."""
+        if "engine" in self.__dict__:
+            self.engine.close()
+            del self.__dict__["engine"]
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def generate(
         self, prompts: Sequence[str | Sequence[int]], params: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> list[Output]:
         """Continue every prompt (text, or ids); one `SamplingParams` for all, or one each.
 
+        With `n` completions a prompt has so many outputs, one after the other.  A request that fails on the way has
+        `finish_reason` "error"; the others are not affected.
+
         Raises:
             RequestError: an empty prompt, an id outside the vocabulary, or a number of params that fits no prompt.
             ContextTooLong: a prompt longer than the model's context.
         """
         requests = self._requests(prompts, params)
-        texts = [_Text(self.tokenizer, r.params) for r in requests]
-        events: list[list[TokenEvent]] = [[] for _ in requests]
-        for event in self._run(requests, texts):
-            events[event.request].append(event)
-        return [_output(texts[i], events[i], requests[i].params) for i in range(len(requests))]
+        with contextlib.ExitStack() as open_streams:
+            streams = [open_streams.enter_context(self.submit(r)) for r in requests]
+            return [o for r, s in zip(requests, streams, strict=True) for o in collect(s, self.tokenizer, r.params)]
+
+    def submit(self, request: Request) -> EventStream:
+        """A request's events as they come; closing the stream ends it."""
+        return self.engine.submit(request)
 
     def stream(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> Iterator[Piece]:
-        """Continue one prompt, yielding text as soon as no later token can change it."""
-        requests = self._requests([prompt], params)
-        text = _Text(self.tokenizer, requests[0].params)
-        for event in self._run(requests, [text]):
-            yield Piece(text.take(), [event.token], event.finish_reason)
+        """Continue one prompt, yielding text as soon as no later token can change it.
+
+        Raises:
+            RequestError: as `generate`; or more than one completion was asked for.
+            EngineError: the generation failed on the way.
+        """
+        (request,) = self._requests([prompt], params)
+        if request.params.n > 1:
+            raise RequestError(f"stream gives one completion and n is {request.params.n}; use generate")
+        return self._pieces(request)
+
+    def _pieces(self, request: Request) -> Iterator[Piece]:
+        with self.submit(request) as events:
+            yield from pieces(events, self.tokenizer, request.params)
+
+    def session(self, prompt: str | Sequence[int] = ()) -> Session:
+        """An empty session, or one that begins with `prompt`: a sequence that stays, to be gone on with and forked."""
+        session = Session(self, self.engine.call("session_open"))
+        if len(prompt):
+            session.extend(self.encode(prompt) if isinstance(prompt, str) else prompt)
+        return session
+
+    def restore(self, path: str | Path) -> Session:
+        """A session saved by `Session.save`, by this or another process or machine.
+
+        Raises:
+            CheckpointError: the file is damaged, of another version, or of another model or numerics.
+            ContextTooLong: it holds more tokens than this engine's cache.
+        """
+        return Session(self, self.engine.call("session_restore", path=str(path)))
 
     @functools.cached_property
     def chat_template(self) -> Chat:
@@ -247,28 +156,51 @@ class LLM:
         tools: Sequence[dict[str, Any]] | None = None,
         params: SamplingParams | None = None,
     ) -> Iterator[Event]:
-        """As `chat`, event by event, `Done` last; closing the iterator stops the generation."""
+        """As `chat`, event by event, `Done` last; closing the iterator stops the generation.
+
+        Raises:
+            EngineError: the generation failed on the way.
+        """
         prompt = self.chat_template.conversation(messages, thinking, tools, stop=params.stop if params else ())
+        return self.answer(prompt, self.request(prompt, params))
+
+    def request(self, prompt: Prompt, params: SamplingParams | None = None, **changes: Any) -> Request:
+        """A rendered prompt as the engine takes it: what binds its answer, and where the next turn parts from it."""
         limit = min(prompt.max_tokens, max(1, self.model.config.max_position_embeddings - len(prompt.ids)))
         params = dataclasses.replace(params, stop=()) if params else prompt.sampling_params(max_tokens=limit)
         (request,) = self._requests([prompt.ids], params)
-        return self._answer(prompt, request)
+        think_end = self.tokenizer.id_of("</think>") if prompt.start == "reasoning" else None
+        return dataclasses.replace(
+            request,
+            constraint=prompt.constraint,
+            think_end=think_end,
+            stable=self.chat_template.stable(prompt),
+            **changes,
+        )
 
-    def _answer(self, prompt: Prompt, request: Request) -> Iterator[Event]:
+    def answer(self, prompt: Prompt, request: Request) -> Iterator[Event]:
+        """The events of a request made by `request`: parts of the answer, then `Done`."""
         parser = self.chat_template.parser(prompt)
-        eos = self.model.config.eos_token_id
-        with contextlib.closing(self._events([request], set())) as events:
+        eos, cached = self.model.config.eos_token_id, 0
+        with self.submit(request) as events:
             for event in events:
+                if isinstance(event, Ended):
+                    raise_failed(event)
+                    cached = event.reuse.reused_tokens
+                    yield from parser.flush(event.reason)
+                    break
                 if event.token == eos if event.is_end_token else event.token != eos:
                     yield from parser.feed([event.token])  # the client's own end tokens are no part of the answer
                 # Whatever follows complete tool calls is dropped, so it need not be computed.
                 if parser.finished or parser.calls_closed:
                     break
-                if event.finish_reason:
-                    yield from parser.flush(event.finish_reason)
         yield from parser.flush("stop")
-        usage = Usage(len(prompt.ids), parser.completion_tokens, parser.reasoning_tokens)
+        usage = Usage(len(prompt.ids), parser.completion_tokens, parser.reasoning_tokens, cached)
         yield Done(parser.close(), usage)
+
+    def stats(self) -> Stats:
+        """What the engine has done so far."""
+        return self.engine.call("stats")  # type: ignore[no-any-return]
 
     def kv_bytes(self, context: int = 0) -> dict[str, float]:
         """Cache bytes: growth per token, and one sequence of `context` tokens with its state."""
@@ -295,61 +227,16 @@ class LLM:
             ids = self.encode(prompt) if isinstance(prompt, str) else list(prompt)
             check_ids(ids, self.model.config.vocab_size)
             check_length(len(ids), self.model.config)
-            requests.append(Request(ids, p))
+            requests.append(Request(str(next(self._numbers)), tuple(ids), p))
         return requests
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text prompt, with the beginning-of-sentence id in front, as the model was trained."""
         return [self.model.config.bos_token_id, *self.tokenizer.encode(text)]
 
-    def _events(self, requests: list[Request], stopped: set[int]) -> Generator[TokenEvent, None, None]:
-        config = self.model.config
-        context = max((len(r.ids) + r.params.max_tokens for r in requests), default=1)
-        runner = self.model.runner(
-            max(1, min(len(requests), self.max_sequences)), min(context, config.max_position_embeddings)
-        )
-        yield from generate(runner, requests, eos_id=config.eos_token_id, step_tokens=self.step_tokens, stopped=stopped)
 
-    def _run(self, requests: list[Request], texts: list[_Text]) -> Iterator[TokenEvent]:
-        stopped: set[int] = set()
-        for event in self._events(requests, stopped):
-            if texts[event.request].feed(event):  # a stop string: end this request, and only it
-                event = dataclasses.replace(event, finish_reason="stop")
-                stopped.add(event.request)
-            yield event
-
-
-class _Text:
-    """One request's text: detokenised as it grows, cut before the first stop string."""
-
-    def __init__(self, tokenizer: Tokenizer, params: SamplingParams) -> None:
-        self.detokenizer = Detokenizer(tokenizer)
-        self.stop = params.stop
-        self.hold = max((len(s) for s in params.stop), default=1) - 1
-        self.text, self.taken, self.done = "", 0, False
-        self.searched = 0  # no stop string begins before this
-
-    def feed(self, event: TokenEvent) -> bool:
-        """Take a token; True where its text completes a stop string."""
-        if not event.is_end_token:
-            self.text += self.detokenizer.feed([event.token])
-        if event.finish_reason:
-            self.text += self.detokenizer.close()
-            self.done = True
-        found = [at for s in self.stop if (at := self.text.find(s, self.searched)) >= 0]
-        self.searched = max(0, len(self.text) - self.hold)
-        if found:
-            self.text, self.done = self.text[: min(found)], True
-        return bool(found)
-
-    def take(self) -> str:
-        """Text that can no longer change: all but what may be the beginning of a stop string."""
-        end = len(self.text) if self.done else max(self.taken, len(self.text) - self.hold)
-        piece, self.taken = self.text[self.taken : end], end
-        return piece
-
-
-def _output(text: _Text, events: list[TokenEvent], params: SamplingParams) -> Output:
-    logprobs = None if params.logprobs is None else [e.logprobs for e in events]
-    reason = events[-1].finish_reason if events else "length"
-    return Output([e.token for e in events], text.text, logprobs, reason or "length")
+def _known(changes: dict[str, Any]) -> dict[str, Any]:
+    names = [f.name for f in dataclasses.fields(EngineOptions)]
+    if unknown := [name for name in changes if name not in names]:
+        raise RequestError(f"LLM was given {', '.join(unknown)}; its engine options are {', '.join(names)}")
+    return changes

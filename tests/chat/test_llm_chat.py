@@ -1,10 +1,12 @@
 """`LLM.chat`: a conversation in, a message out, with the built-in model."""
 
+import contextlib
+
 import pytest
 
 from pyrosome.chat import Message
 from pyrosome.chat.events import Done
-from pyrosome.engine.generate import TokenEvent
+from pyrosome.engine.request import Ended, TokenEvent
 from pyrosome.errors import ContextTooLong, RequestError
 from pyrosome.llm import LLM
 from pyrosome.options import SamplingParams
@@ -26,18 +28,22 @@ def scripted(llm, monkeypatch):
     def say(text, ended=True):
         ids = llm.tokenizer.encode(text, allow_special=True) + [1] * ended
 
-        def events(requests, stopped):
-            seen["request"] = requests[0]
-            try:
+        @contextlib.contextmanager
+        def submit(request):
+            seen["request"] = request
+
+            def events():
                 for n, token in enumerate(ids):
                     seen["given"] = n + 1
-                    last = n == len(ids) - 1
-                    reason = None if not last else "stop" if ended else "length"
-                    yield TokenEvent(0, token, {}, reason, token == 1)
+                    yield TokenEvent("0", 0, token, {}, token == 1)
+                yield Ended("0", 0, "stop" if ended else "length")
+
+            try:
+                yield events()
             finally:
                 seen["closed"] += 1
 
-        monkeypatch.setattr(llm, "_events", events)
+        monkeypatch.setattr(llm, "submit", submit)
         return seen
 
     return say
@@ -81,13 +87,13 @@ def test_own_end_tokens_are_no_part_of_the_answer_and_an_ignored_end_is_none(llm
     x = llm.tokenizer.encode("x")[0]
 
     def content(*events):
-        monkeypatch.setattr(llm, "_events", lambda requests, stopped: (e for e in events))
+        monkeypatch.setattr(llm, "submit", lambda request: contextlib.nullcontext(iter(events)))
         message = llm.chat(ASK, "off")
         return message.content, message.finish_reason
 
-    assert content(TokenEvent(0, x, {}, None), TokenEvent(0, x, {}, "stop", True)) == ("x", "stop")
-    ignored = TokenEvent(0, 1, {}, None)
-    assert content(TokenEvent(0, x, {}, None), ignored, TokenEvent(0, x, {}, "length")) == ("xx", "length")
+    said, own_end, ignored = TokenEvent("0", 0, x, {}), TokenEvent("0", 0, x, {}, True), TokenEvent("0", 0, 1, {})
+    assert content(said, own_end, Ended("0", 0, "stop")) == ("x", "stop")
+    assert content(said, ignored, said, Ended("0", 0, "length")) == ("xx", "length")
 
 
 def test_defaults_are_those_of_the_mode(llm, scripted):

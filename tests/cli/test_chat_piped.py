@@ -29,7 +29,7 @@ def test_json_holds_thoughts_usage_and_the_reason_of_the_end(tmp_path):
     assert json.loads(done.stdout) == {
         "message": {"role": "assistant", "content": "You said: think", "reasoning_content": "thought max hard"},
         "finish_reason": "stop",
-        "usage": {"prompt_tokens": 10, "completion_tokens": 7, "reasoning_tokens": 3},
+        "usage": {"prompt_tokens": 10, "completion_tokens": 7, "reasoning_tokens": 3, "cached_tokens": 0},
     }
 
 

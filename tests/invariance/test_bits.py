@@ -24,6 +24,8 @@ on_both_checkpoints = pytest.mark.parametrize("name", ["bf16", "fp8fp4"])
 
 
 def test_the_kernels_run_here():
+    for op in OPS.values():
+        op._picked.clear()  # what gradients made other tests choose
     run(model("fp8fp4", "trained").network, ids("fp8fp4")[:9], kv_format="fp8")
     chosen = {name: {version.__module__ for version in op._picked.values()} for name, op in OPS.items() if op.kernels}
     assert all(modules <= {f"pyrosome.ops.{m}.cpu" for m in ALL} for name, modules in chosen.items() if name in ALWAYS)
@@ -84,7 +86,7 @@ def test_company_order_and_padding(numerics, kv_format):
     lengths, grown = [1, 3, 200, 4, 127, 128, 129], 9
     runner = Runner(net, kv_format, len(lengths), 240)
     runner.pool.poison()
-    slots = [runner.pool.open() for _ in lengths]
+    holdings = [runner.pool.open() for _ in lengths]
     rows = [[] for _ in lengths]
     with torch.inference_mode():
         for start, stop, padding in ((0, 0, 0), (0, 2, 0), (2, grown, 11)):
@@ -92,8 +94,8 @@ def test_company_order_and_padding(numerics, kv_format):
             spans = []
             for i in order:
                 a, b = (lengths[i] + start, lengths[i] + stop) if stop else (0, lengths[i])
-                runner.pool.grow(slots[i], b)
-                spans.append(Span(slots[i], a, prompt[i + a : i + b]))
+                runner.pool.prepare(holdings[i], a, b)
+                spans.append(Span(holdings[i].slot, a, prompt[i + a : i + b]))
             step = Step.of(
                 spans, pad_lengths_to=padding, pad_spans_to=len(spans) + (padding > 0), context=240 if padding else 0
             )

@@ -88,13 +88,12 @@ def test_padding_changes_nothing(spans, length, context):
     runner = Runner(model, "f32", 2, 260)
     runner.pool.poison()
     with torch.inference_mode():
+        holdings = [runner.pool.open() for _ in range(2)]
         for a, b in ((0, 37), (37, 38), (38, 87)):
             pieces = []
-            for sequence, shift in ((1, 0), (2, 100)):
-                if a == 0:
-                    assert runner.pool.open() == sequence
-                    runner.pool.grow(sequence, 90)
-                pieces.append(Span(sequence, a, ids[shift + a : shift + b]))
+            for holding, shift in zip(holdings, (0, 100), strict=True):
+                runner.pool.prepare(holding, a, b)
+                pieces.append(Span(holding.slot, a, ids[shift + a : shift + b]))
             step = Step.of(pieces, pad_spans_to=spans, pad_lengths_to=length, context=context)
             assert (step.position_T < 0).any() == (len(step.ids_T) > 2 * (b - a))
             logits = model.logits(model(step, cache=runner.pool.layers(step)).streams)

@@ -39,9 +39,10 @@ def test_a_cached_step_reads_nothing_back(numerics, unpack):
     config = tiny((0, 4, 128), hidden_size=128, o_lora_rank=64, moe_intermediate_size=64)
     model = network(config, numerics, layout="fp8fp4") if unpack else _stored(config, numerics)
     pool = CachePool(config, "fp8" if numerics == "trained" else "f32", 3, 300, drafts=True)
-    slots = [pool.open() for _ in range(3)]
-    for slot in slots:
-        pool.grow(slot, 300)
+    holdings = [pool.open() for _ in range(3)]
+    for holding in holdings:
+        pool.prepare(holding, 0, 300)
+    slots = [holding.slot for holding in holdings]
     ids = tokens(300)
     with torch.inference_mode():
         for lengths, starts in (([130, 1, 7], [0, 0, 0]), ([1, 5, 1], [130, 1, 7]), ([2, 130, 1], [131, 6, 8])):
@@ -54,7 +55,7 @@ def test_a_cached_step_reads_nothing_back(numerics, unpack):
             with NoHostRead() as guard:
                 streams = model(step, cache=pool.layers(step)).streams
                 model.logits(streams[step.last_token_B()])
-                hidden = streams_at(draft_step, step, streams, pool.draft_hidden)
+                hidden = streams_at(draft_step, step, streams, pool.draft_hidden[draft_step.slot_B])
                 model.draft_stage.draft(model, draft_step, hidden, pool.draft_layer(draft_step))
                 keep_streams(step, streams, pool.draft_hidden)
             assert guard.seen > 500

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import pyrosome.ops.experts as module
+from pyrosome.dist import Mesh, tree_sum
 from pyrosome.ops.experts import ExpertWeights, clamped_swiglu, routed_experts
 from pyrosome.quant import FORMATS, QuantTensor, simulate_fp8
 
@@ -178,6 +179,63 @@ def test_the_weight_multiplies_before_w2_and_before_its_input_is_prepared(T):
     alone = torch.stack([routed_experts(x, weights, expert[:, k : k + 1], torch.ones(T, 1), LIMIT) for k in range(2)])
     outside = (weight.t()[..., None] * alone).sum(0)
     assert (outside - out).abs().max() > 1e-2
+
+
+def one_expert_per_token_at_a_time(x, weights, expert, weight, run):
+    """[T, D]: pairs computed without company, added in ascending order in 8 virtual shards, and those as a tree."""
+    shards, token = torch.zeros(8, *x.shape), torch.arange(len(x))
+    expert, order = expert.sort(dim=1, stable=True)
+    for e, share in zip(expert.t(), weight.gather(1, order).t(), strict=True):
+        alone = run(x, weights, e[:, None], share[:, None], LIMIT)
+        shards[e.clamp(min=0) * 8 // weights.total, token] += alone
+    return tree_sum(shards)
+
+
+@pytest.mark.parametrize("tile", [1, 1 << 21])
+@pytest.mark.parametrize(("num_experts", "K"), [(64, 40), (5, 4), (8, 8)])
+def test_a_tokens_experts_are_added_as_a_tree_of_eight_shards(monkeypatch, num_experts, K, tile):
+    """At width one a product has one term, so the library cannot order it otherwise: the sum alone is left."""
+    monkeypatch.setattr(module, "TILE_ELEMENTS", tile)
+    x, weights = draw(60, 1), bank(num_experts, dim=1, inner=1)
+    expert, weight = routing(60, K, num_experts)
+    shuffle = torch.rand(60, K, generator=torch.Generator().manual_seed(1)).argsort(1)
+    with torch.no_grad():
+        run = routed_experts.definition
+        out = run(x, weights, expert, weight, LIMIT)
+        assert torch.equal(out, one_expert_per_token_at_a_time(x, weights, expert, weight, run))
+        assert torch.equal(out, run(x, weights, expert.gather(1, shuffle), weight.gather(1, shuffle), LIMIT))
+
+
+def held_by(mesh, weights):
+    part = mesh.part(weights.w1.shape[0])
+    rows = slice(part.start, part.stop)
+    return ExpertWeights(*(w[rows] for w in weights[:3]), weights.prepare, part.start, weights.w1.shape[0])
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 8])
+@pytest.mark.parametrize("num_experts", [5, 16])
+@pytest.mark.parametrize("T", [1, 3, 40])
+def test_parts_of_a_bank_add_up_to_the_whole(size, num_experts, T):
+    x, weights, (expert, weight) = draw(T, D), bank(num_experts), routing(T, 4, num_experts)
+    banks = [held_by(Mesh(rank, size), weights) for rank in range(size)]
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            parts = torch.stack([routed_experts(x, b, expert, weight, LIMIT) for b in banks])
+            for rank, b in enumerate(banks):
+                mine = torch.where((expert >= b.first) & (expert < b.first + len(b.w1)), expert, -1)
+                torch.testing.assert_close(
+                    parts[rank].double(), one_by_one(x, weights, mine, weight), rtol=1e-5, atol=1e-5
+                )
+            whole = one_by_one(x, weights, expert, weight)
+            torch.testing.assert_close(tree_sum(parts).double(), whole, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("bad", [5, 6])
+@pytest.mark.parametrize("T", [1, 30])
+def test_the_definition_refuses_an_expert_there_is_not(bad, T):
+    weights, expert = held_by(Mesh(1, 2), bank(5)), torch.full((T, 2), bad)
+    with pytest.raises((IndexError, RuntimeError)):
+        routed_experts.definition(draw(T, D), weights, expert, torch.ones(T, 2), LIMIT)
 
 
 def stored(name, weights, prepare):

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 
+from pyrosome.dist import Mesh, tree_sum
 from pyrosome.ops import native
 from pyrosome.ops.compress import Emit, compress
 from pyrosome.ops.experts import ExpertWeights, clamped_swiglu, routed_experts
@@ -60,6 +61,14 @@ def bank(name, experts=5, inner=96, dim=160):
     return ExpertWeights(w1, w3, w2, prepare)
 
 
+def held_by(mesh, weights):
+    """What a rank has of a bank."""
+    part = mesh.part(weights.total)
+    index = torch.arange(part.start, part.stop)
+    stacks = (w.index_select(index) if isinstance(w, QuantTensor) else w[index] for w in weights[:3])
+    return ExpertWeights(*stacks, weights.prepare, part.start, weights.total)
+
+
 WEIGHTS = ("f32", "bf16", "fp8", "fp4")
 ROWS = noise(300, 80, seed=5)
 
@@ -92,6 +101,9 @@ CASES = {
     **{f"routed_experts {w}": (routed_experts, lambda T, w=w: (
         noise(LARGEST, 160)[:T], bank(w), integers(5, LARGEST, 3, low=-1)[:T], noise(LARGEST, 3, seed=9)[:T], 1.5))
        for w in WEIGHTS},
+    "routed_experts of a rank": (routed_experts, lambda T: (
+        noise(LARGEST, 160)[:T], held_by(Mesh(1, 2), bank("fp8", 11)), integers(11, LARGEST, 6, low=-1)[:T],
+        noise(LARGEST, 6, seed=9)[:T], 1.5)),
     "clamped_swiglu": (clamped_swiglu, lambda T: (noise(LARGEST, 7, scale=4)[:T], noise(LARGEST, 7, seed=1)[:T], 1.5)),
     "hyper_connection_in": (hyper_connection_in, lambda T: (
         noise(LARGEST, 4, 33)[:T], noise(24, 132, seed=1, scale=0.1), noise(24, seed=2), noise(3, seed=3),
@@ -257,6 +269,45 @@ def test_the_library_is_built_once_for_one_set_of_sources(tmp_path):
 def test_an_expert_there_is_not_is_refused():
     with pytest.raises(IndexError, match="expert 5 of 5"):
         routed_experts(noise(2, 160), bank("f32"), torch.tensor([[0, 1], [5, 0]]), torch.ones(2, 2), 1.5)
+
+
+@pytest.mark.parametrize("part", [[5, 0], [0, 5]])
+def test_a_rank_refuses_an_expert_that_no_rank_has(part):
+    weights = held_by(Mesh(1, 2), bank("f32"))
+    with pytest.raises(IndexError, match="expert 5 of 5"):
+        routed_experts(noise(1, 160), weights, torch.tensor([part]), torch.ones(1, 2), 1.5)
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+@pytest.mark.parametrize("num_experts", [3, 8, 21])
+def test_experts_are_added_as_a_tree_whoever_holds_them(name, num_experts):
+    """Each pair computed alone, then added in ascending order in each of 8 virtual shards, and those as a tree."""
+    T, K = 19, 7
+    x, weights, weight = noise(T, 160), bank(name, num_experts), noise(T, K, seed=9)
+    expert = integers(num_experts, T, K, low=-1, seed=4)
+    expert[0] = -1  # a token of nobody
+    shards = torch.zeros(8, T, 160)
+    for k in range(K):
+        e, rank = expert.sort(dim=1, stable=True)
+        alone = routed_experts(x, weights, e[:, k : k + 1], weight.gather(1, rank)[:, k : k + 1], 1.5)
+        for t in range(T):
+            if e[t, k] >= 0:
+                shards[e[t, k] * 8 // num_experts, t] += alone[t]
+    wanted = tree_sum(shards)
+    for size in (1, 2, 4, 8):
+        banks = [held_by(Mesh(rank, size), weights) for rank in range(size)]
+        parts = torch.stack([routed_experts(x, b, expert, weight, 1.5) for b in banks])
+        assert torch.equal(tree_sum(parts).view(torch.int32), wanted.view(torch.int32)), f"{size} ranks"
+        assert not torch.signbit(parts[parts == 0]).any()
+
+
+@pytest.mark.parametrize("run", [routed_experts, routed_experts.definition], ids=["kernel", "definition"])
+def test_a_sum_of_experts_is_never_minus_zero(run):
+    """Products that underflow from below make a row of -0: beside a rank without a share, and alone, it becomes 0."""
+    weights = ExpertWeights(torch.ones(8, 16, 4), torch.ones(8, 16, 4), torch.full((8, 4, 16), -1e-30), lambda x: x)
+    assert torch.signbit(linear(torch.full((1, 16), 1e-30), weights.w2[0])).all()
+    out = run(torch.ones(1, 4), weights, torch.tensor([[3]]), torch.full((1, 1), 1e-30), 1.5)
+    assert not out.any() and not torch.signbit(out).any()
 
 
 def test_rows_of_a_wrong_width_are_refused():

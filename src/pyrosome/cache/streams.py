@@ -151,16 +151,31 @@ def pages_for(context: int, ratio: int) -> int:
     return -(-(context // ratio) // PAGE_ROWS)
 
 
+# Coarse pages (HCA: 8,192 tokens) are also taken by short sequences and by branches of the prefix tree: beside those
+# that a full cache of long sequences needs, there is one for each of so many tokens.
+BRANCH_TOKENS = 2048
+
+
 def plan_cache(
-    config: ModelConfig, kv_format: str, max_sequences: int, max_context: int, num_drafts: int = 0, drafts: bool = False
+    config: ModelConfig,
+    kv_format: str,
+    max_sequences: int,
+    max_context: int,
+    num_drafts: int = 0,
+    drafts: bool = False,
+    cache_tokens: int | None = None,
 ) -> CachePlan:
-    """What a pool for `max_sequences` sequences of up to `max_context` tokens each will allocate, in bytes."""
+    """What a pool for `max_sequences` sequences of up to `max_context` tokens each will allocate, in bytes.
+
+    Args:
+        cache_tokens: tokens of history that all sequences hold together; None: each its whole context.
+    """
     streams = all_streams(config, kv_format, drafts)
-    page_bytes: dict[int, int] = {}
-    for _, s in streams:
-        if s.is_history:
-            page_bytes[s.per_tokens] = page_bytes.get(s.per_tokens, 0) + s.row_bytes * PAGE_ROWS
-    pages = {r: max_sequences * pages_for(max_context, r) + 1 for r in page_bytes}
+    page_bytes = _page_bytes(streams)
+    if cache_tokens is None:
+        pages = {r: max_sequences * pages_for(max_context, r) + 1 for r in page_bytes}
+    else:
+        pages = {r: pages_for(cache_tokens, r) + _branches(r, cache_tokens, max_sequences) + 1 for r in page_bytes}
     return CachePlan(
         bytes_per_token=sum(s.bytes_per_token() for _, s in streams),
         state_bytes=sum(s.row_bytes * s.ring_rows(num_drafts) for _, s in streams if not s.is_history),
@@ -169,3 +184,36 @@ def plan_cache(
         num_slots=max_sequences + 1,
         table_bytes=sum(8 * (max_sequences + 1) * pages_for(max_context, r) for r in page_bytes),
     )
+
+
+def cache_tokens_in(config: ModelConfig, kv_format: str, cache_bytes: int, max_sequences: int) -> int:
+    """Tokens of history whose pages take no more than `cache_bytes`, in whole pages of the finest stream; 0: not one.
+
+    A network that keeps no history holds any number: its positions are the limit.
+    """
+    page_bytes = _page_bytes(all_streams(config, kv_format, drafts=False))
+    if not page_bytes:
+        return config.max_position_embeddings
+    unit = PAGE_ROWS * min(page_bytes)
+
+    def taken(tokens: int) -> int:
+        return sum(b * (pages_for(tokens, r) + _branches(r, tokens, max_sequences) + 1) for r, b in page_bytes.items())
+
+    low, high = 0, cache_bytes // (page_bytes[min(page_bytes)]) + 1
+    while high - low > 1:  # the most units that fit
+        middle = (low + high) // 2
+        low, high = (middle, high) if taken(middle * unit) <= cache_bytes else (low, middle)
+    return low * unit
+
+
+def _page_bytes(streams: tuple[tuple[int, StreamSpec], ...]) -> dict[int, int]:
+    page_bytes: dict[int, int] = {}
+    for _, s in streams:
+        if s.is_history:
+            page_bytes[s.per_tokens] = page_bytes.get(s.per_tokens, 0) + s.row_bytes * PAGE_ROWS
+    return page_bytes
+
+
+def _branches(ratio: int, cache_tokens: int, max_sequences: int) -> int:
+    """Pages beyond those a full cache of long sequences needs: one partly filled page per sequence and branch."""
+    return max_sequences + (cache_tokens // BRANCH_TOKENS if ratio * PAGE_ROWS > BRANCH_TOKENS else 0)

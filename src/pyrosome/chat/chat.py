@@ -102,6 +102,17 @@ class Chat:
             body["tools"] = [t if "function" in t else {"type": "function", "function": t} for t in tools]
         return self.render(body)
 
+    def stable(self, prompt: Prompt) -> int:
+        """How many of a prompt's ids the next turn's prompt begins with, whatever is answered.
+
+        The cue that opens an answer is written anew when the answer has become history: reasoning is left out of it.
+        """
+        assistant = self.tokenizer.id_of(ASSISTANT)
+        for at in range(len(prompt.ids) - 1, 0, -1):
+            if prompt.ids[at] == assistant:
+                return at + 1
+        return len(prompt.ids)
+
     def parser(self, prompt: Prompt, call_id: Callable[[int], str] | None = None) -> Parser:
         """A parser for the answer to `prompt`; `call_id` names tool calls by their index."""
         return Parser(self.tokenizer, prompt, call_id)

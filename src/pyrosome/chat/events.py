@@ -25,6 +25,18 @@ class Message:
     stop_sequence: str | None = None  # the client's stop string that ended it
     malformed: tuple[str, ...] = ()
 
+    def to_dict(self) -> dict[str, object]:
+        """The message as a request's history takes it."""
+        out: dict[str, object] = {"role": "assistant", "content": self.content}
+        if self.reasoning:
+            out["reasoning_content"] = self.reasoning
+        if self.tool_calls:
+            out["tool_calls"] = [
+                {"id": c.id, "type": "function", "function": {"name": c.name, "arguments": c.arguments}}
+                for c in self.tool_calls
+            ]
+        return out
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Usage:
@@ -33,6 +45,7 @@ class Usage:
     prompt_tokens: int
     completion_tokens: int
     reasoning_tokens: int
+    cached_tokens: int = 0  # of the prompt, that did not have to be computed
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

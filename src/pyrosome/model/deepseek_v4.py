@@ -8,7 +8,7 @@ inference code; each function names the equation it is.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -330,14 +330,14 @@ class DeepseekV4(nn.Module):
         streams: Tensor | None = None,
         layers: Sequence[int] | None = None,
         taps: Sequence[int] = (),
-        cache: Sequence[LayerCache] | None = None,
+        cache: Sequence[LayerCache] | Mapping[int, LayerCache] | None = None,
     ) -> Trunk:
         """Run `layers` (all by default) over a step of ragged spans.
 
         Args:
             streams: [T, J, D] to start from (a pipeline stage, a layer-by-layer check); None: embed the ids.
             taps: layers after which the streams are kept in the result.
-            cache: one view per layer of the network; None: whole sequences from position 0, as in training.
+            cache: a view of each layer run, by its number; None: whole sequences from position 0, as in training.
         """
         layers = range(len(self.layers)) if layers is None else layers
         cache = fresh_layers(step, len(self.layers)) if cache is None else cache

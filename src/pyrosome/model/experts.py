@@ -1,7 +1,7 @@
 """Where routed experts live, and how a token reaches them.
 
 The network calls `ExpertBank.run(layer, x, expert, weight)` and does not know whether the weights are
-resident, in host memory or in a mapped file: only this file may.
+resident, in host memory, in a mapped file or on another rank: only this file may.
 """
 
 from __future__ import annotations
@@ -9,30 +9,53 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pyrosome.errors import UnsupportedFormat
+from pyrosome.dist import Mesh
+from pyrosome.errors import EngineError, UnsupportedFormat
 from pyrosome.model.numerics import Numerics, unchanged
 from pyrosome.ops.experts import ExpertWeights, routed_experts
 from pyrosome.quant import QuantTensor
 
 
 class ExpertBank(nn.Module):
-    """All routed experts of all layers, resident: one stack [E, ...] per layer and matrix, filled in place at load.
+    """A rank's routed experts, resident: one stack [E, ...] per layer and matrix, filled in place at load.
 
-    Filling a stack allocated once keeps the peak of a load at the weights plus one shard.
+    Filling a stack allocated once keeps the peak of a load at the weights plus one shard.  One rank holds all experts;
+    of several, each holds a run of them (`Mesh.part`).
     """
 
-    def __init__(self, num_experts: int, hidden: int, intermediate: int, limit: float) -> None:
+    def __init__(
+        self, num_experts: int, hidden: int, intermediate: int, limit: float, mesh: Mesh | None = None
+    ) -> None:
         super().__init__()
         self.num_experts, self.limit = num_experts, limit
+        self.mesh = mesh or Mesh.single()
         self.shapes = {"w1": (intermediate, hidden), "w3": (intermediate, hidden), "w2": (hidden, intermediate)}
         self._stacks: dict[tuple[str, str], Tensor | QuantTensor] = {}
         self._prepare: dict[str, object] = {}
         self._kinds: dict[tuple[str, str], str] = {}
 
+    @property
+    def held(self) -> range:
+        """The experts of each layer that this rank holds."""
+        return self.mesh.part(self.num_experts)
+
+    def share(self, mesh: Mesh) -> None:
+        """Hold this rank's experts only, and sum with the other ranks.
+
+        Raises:
+            EngineError: experts were assigned already.
+        """
+        if self._stacks:
+            raise EngineError(
+                f"{mesh.size} ranks were to share a bank of {len(self._stacks)} filled stacks; share it before weights "
+                "are assigned"
+            )
+        self.mesh = mesh
+
     def assign(
         self, layer: str, expert: int, matrix: str, value: Tensor | QuantTensor, numerics: Numerics, *, unpack: bool
     ) -> None:
-        """Copy one expert's matrix to its place in the stack of its layer.
+        """Copy one expert's matrix to its place in the stack of its layer; another rank's is checked and dropped.
 
         Raises:
             UnsupportedFormat: experts of one layer are stored in different ways.
@@ -49,9 +72,12 @@ class ExpertBank(nn.Module):
             value = value.dequantize(torch.float32) if isinstance(value, QuantTensor) else value.float()
         stack = self._stacks.get((layer, matrix))
         if stack is None:
-            stack = self._stacks[layer, matrix] = _empty_stack(self.num_experts, value)
+            stack = self._stacks[layer, matrix] = _empty_stack(len(self.held), value)
             if isinstance(stack, Tensor):
                 self.register_parameter(_parameter_name(layer, matrix), nn.Parameter(stack, requires_grad=False))
+        if expert not in self.held:
+            return
+        expert -= self.held.start
         if isinstance(stack, QuantTensor) and isinstance(value, QuantTensor):
             stack.data[expert].copy_(value.data)
             stack.scale[expert].copy_(value.scale)
@@ -60,17 +86,18 @@ class ExpertBank(nn.Module):
                 self.get_parameter(_parameter_name(layer, matrix))[expert].copy_(value)
 
     def weights(self, layer: str) -> ExpertWeights:
-        """The stacks of one layer, as stored."""
+        """The stacks of one layer that this rank holds, as stored."""
 
         def stack(matrix: str) -> Tensor | QuantTensor:
             held = self._stacks[layer, matrix]
             return held if isinstance(held, QuantTensor) else self.get_parameter(_parameter_name(layer, matrix))
 
-        return ExpertWeights(stack("w1"), stack("w3"), stack("w2"), self._prepare[layer])  # type: ignore[arg-type]
+        prepare = self._prepare[layer]
+        return ExpertWeights(stack("w1"), stack("w3"), stack("w2"), prepare, self.held.start, self.num_experts)  # type: ignore[arg-type]
 
     def run(self, layer: str, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor) -> Tensor:
-        """Weighted sum of each token's experts, [T, D] in promote(x, float32)."""
-        return routed_experts(x_TD, self.weights(layer), expert_TK, weight_TK, self.limit)  # type: ignore[no-any-return]
+        """Weighted sum of each token's experts, [T, D] in promote(x, float32), the same on every rank."""
+        return self.mesh.sum(routed_experts(x_TD, self.weights(layer), expert_TK, weight_TK, self.limit))
 
 
 def _parameter_name(layer: str, matrix: str) -> str:

@@ -40,21 +40,29 @@ class MTPStage(Block):
 
         The streams returned feed a deeper draft, where one is wanted.
         """
+        streams_TJD = self.streams(trunk, step, streams_TJD, cache)
+        return self.logits(trunk, streams_TJD), streams_TJD
+
+    def streams(self, trunk: DeepseekV4, step: Step, streams_TJD: Tensor, cache: LayerCache | None = None) -> Tensor:
+        """The stage's own streams [T, J, D]."""
         embedded_TD = self.enorm(trunk.embed_ids(step.ids_T))
-        streams = self.e_proj(embedded_TD)[:, None] + self.h_proj(self.hnorm(streams_TJD))
+        streams_TJD = self.e_proj(embedded_TD)[:, None] + self.h_proj(self.hnorm(streams_TJD))
         turns = trunk.rotary(step, {0})[0]
-        streams = self(streams, step, turns, cache or FreshLayer(step), trunk.bank, [])
-        return linear(self.norm(self.hc_head(streams)), trunk.head.value), streams
+        return self(streams_TJD, step, turns, cache or FreshLayer(step), trunk.bank, [])  # type: ignore[no-any-return]
+
+    def logits(self, trunk: DeepseekV4, streams_NJD: Tensor) -> Tensor:
+        """Logits [N, V] of the stage's streams, by the trunk's head."""
+        return linear(self.norm(self.hc_head(streams_NJD)), trunk.head.value)  # type: ignore[no-any-return]
 
 
-def streams_at(step: Step, trunk_step: Step, streams_TJD: Tensor, ring_SRX: Tensor) -> Tensor:
+def streams_at(step: Step, trunk_step: Step, streams_TJD: Tensor, ring_BRX: Tensor) -> Tensor:
     """The trunk's streams at the positions of a draft step over the same spans.
 
     A draft step trails the trunk by one position, since it needs the next id: so its first position may be
-    the last of the step before, whose streams `ring_SRX` [S, R, J D] remembers.
+    the last of the step before, whose streams `ring_BRX` [B, R, J D] remembers.
     """
-    R = ring_SRX.shape[1]
-    united = UnitedRows(ring_SRX[trunk_step.slot_B], streams_TJD.flatten(1))
+    R = ring_BRX.shape[1]
+    united = UnitedRows(ring_BRX, streams_TJD.flatten(1))
     first_B = torch.tensor([first for first, _ in trunk_step.layout], device=step.device)
     ahead_T = step.position_T - trunk_step.start_B[step.span_T]
     fresh_T = 1 + len(trunk_step.layout) * R + first_B[step.span_T] + ahead_T

@@ -21,6 +21,7 @@ class Span(NamedTuple):
     slot: int  # cache slot of the sequence; 0 is the slot that nobody owns (padding, or no cache)
     start: int  # absolute position of the first id
     ids: Sequence[int]
+    floor: int = 0  # no state row of an earlier position is there: such rows are not read
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -40,6 +41,8 @@ class Step:
     layout: tuple[tuple[int, int], ...]  # each span's token range, padding included
     context: int  # static bound on stop_B
     mirror: tuple[tuple[int, int], ...] | None  # the host's copy of (start, stop), where it is exact
+    floor_B: Tensor  # positions below have no state rows
+    is_replay: bool = False  # rebuilds state from rows of history that are there: it writes none
     adapter_T: Tensor | None = None  # which named adapter a token uses; None for none
     _derived: dict[tuple[object, ...], object] = dataclasses.field(default_factory=dict, repr=False)
 
@@ -52,6 +55,7 @@ class Step:
         pad_spans_to: int = 0,
         pad_lengths_to: int = 0,
         context: int = 0,
+        is_replay: bool = False,
     ) -> Step:
         """Build a step from spans; optionally padded to static bounds.
 
@@ -59,6 +63,7 @@ class Step:
             pad_spans_to: at least this many spans; the added ones are empty.
             pad_lengths_to: every span occupies at least this many tokens of the step.
             context: bound on positions, in tokens; raised to what the spans need.
+            is_replay: the step rebuilds state and writes no history.
         """
         rooms = [max(len(s.ids), pad_lengths_to) for s in spans]
         rooms += [max(pad_lengths_to, 1)] * (pad_spans_to - len(spans))
@@ -89,6 +94,8 @@ class Step:
             tuple(layout),
             max([context] + [stop for _, stop in extents]),
             tuple(extents) if rooms == [len(s.ids) for s in spans] else None,
+            tensor([s.floor for s in spans] + [0] * (len(rooms) - len(spans))),
+            is_replay,
         )
 
     @property
@@ -106,6 +113,9 @@ class Step:
 
     def _emit(self, ratio: int) -> Emit:
         bound = self._num_emits(ratio)
+        if bound == 0:
+            nothing = self.ids_T.new_empty(0)
+            return Emit(nothing, nothing, nothing, nothing)
         done_T = (self.position_T >= 0) & ((self.position_T + 1) % ratio == 0)
         place_T = torch.where(done_T, done_T.cumsum(0) - 1, bound)
         token_M = self.ids_T.new_zeros(bound + 1).scatter(0, place_T, torch.arange(len(place_T), device=self.device))
@@ -115,6 +125,8 @@ class Step:
         return Emit(token_M, end_M, self.start_B[span_M], self.slot_B[span_M])
 
     def _num_emits(self, ratio: int) -> int:
+        if self.is_replay:
+            return 0
         if self.mirror is not None:
             return sum(stop // ratio - start // ratio for start, stop in self.mirror)
         return sum((last - first + ratio - 1) // ratio for first, last in self.layout)
@@ -146,7 +158,7 @@ class Step:
         fresh_TW = 1 + len(self.layout) * ring_rows + token_TW
         ring_TW = 1 + self.span_T[:, None] * ring_rows + position_TW.clamp(min=0) % max(ring_rows, 1)
         index_TW = torch.where(position_TW >= self.start_B[self.span_T][:, None], fresh_TW, ring_TW)
-        return index_TW.masked_fill(position_TW < 0, -1)
+        return index_TW.masked_fill(position_TW < self.floor_B[self.span_T][:, None], -1)
 
     def ring_place(self, ring_rows: int) -> tuple[Tensor, Tensor]:
         """(slot [T], row [T]) where each token's state row is written; slot 0 takes what is not to be kept.

@@ -36,9 +36,9 @@ _BF16 = 3
 _P, _I, _N, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 _SIGNATURES = {
     "linear": (_P, _I, _N, _P, _P, _P, _I, _I, _I, _I, _N),
-    "experts_plan": (_P, _I, _I, _P, _P),
+    "experts_plan": (_P, _I, _I, _I, _I, _P, _P),
     "experts_up": (_P, _I, _P, _P, _I, _P, _N, _P, _P, _N, _P, _P, _P, _I, _I, _F, _N),
-    "experts_down": (_P, _I, _I, _P, _P, _I, _N, _P, _P, _P, _I, _I, _N),
+    "experts_down": (_P, _I, _I, _P, _P, _I, _I, _I, _N, _P, _P, _P, _I, _I, _N),
     "hyper_connection_in": (_P, _P, _P, _P, _P, _P, _P, _I, _N, _I, _F, _F, _N, _N),
     "hyper_connection_out": (_P, _P, _P, _P, _P, _I, _N, _I, _N),
     "hyper_connection_head": (_P, _P, _P, _P, _P, _I, _N, _I, _F, _F),

@@ -1,7 +1,9 @@
 """Feed-forward experts: one for all tokens (shared), many for the tokens routed to each.
 
+A token's experts are added as a tree over 8 virtual shards: expert e of E is of shard e 8 // E, a shard's experts are
+added in ascending order, and shards by `dist.tree_sum`.  So a rank that holds whole shards has a subtree of the sum.
 Shape letters: T tokens, K experts per token, N = T K routed pairs, G tiles, M rows per tile,
-E experts, D model dim, I intermediate dim.
+E experts, S virtual shards, D model dim, I intermediate dim.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pyrosome.dist import VIRTUAL_SHARDS, tree_sum
 from pyrosome.ops import native
 from pyrosome.ops.linear import dense
 from pyrosome.ops.seam import Op
@@ -26,12 +29,19 @@ Prepare = Callable[[Tensor], Tensor]  # what a weight's stored format asks of it
 
 
 class ExpertWeights(NamedTuple):
-    """All experts of a layer: w1 (gate) and w3 (up) [E, I, D], w2 (down) [E, D, I], as stored."""
+    """Experts of a layer, all or a run of them: w1 (gate) and w3 (up) [E, I, D], w2 (down) [E, D, I], as stored."""
 
     w1: Tensor | QuantTensor
     w3: Tensor | QuantTensor
     w2: Tensor | QuantTensor
     prepare: Prepare
+    first: int = 0  # which of the layer's experts the stacks begin with
+    num_in_layer: int = 0  # 0: the stacks hold them all
+
+    @property
+    def total(self) -> int:
+        """Experts of the layer, held here or elsewhere."""
+        return self.num_in_layer or self.w1.shape[0]
 
 
 @Op
@@ -46,10 +56,16 @@ def routed_experts(x_TD: Tensor, bank: ExpertWeights, expert_TK: Tensor, weight_
 
     The weight multiplies before W2, and before its input is quantised (official inference code).
     Pairs are sorted by expert and laid out in tiles of one expert each, whose number has a static bound:
-    nothing is read back to learn how many tokens an expert got.  `expert_TK` -1 is no expert.
+    nothing is read back to learn how many tokens an expert got.  `expert_TK` -1 is no expert, and an expert that
+    the bank does not hold adds nothing.
     """
     (T, K), D, E = expert_TK.shape, x_TD.shape[1], bank.w1.shape[0]
     wide = torch.promote_types(x_TD.dtype, torch.float32)
+    if E == 0:
+        return x_TD.new_zeros(T, D, dtype=wide)
+    shard_TK = expert_TK.clamp(min=0) * VIRTUAL_SHARDS // bank.total
+    expert_TK, rank_TK = _held(expert_TK, bank).sort(dim=1, stable=True)
+    shard_TK, weight_TK = shard_TK.gather(1, rank_TK), weight_TK.gather(1, rank_TK)
     M = min(MAX_TILE_ROWS, 1 << max(0, (T * K // E).bit_length() - 1))
     plan = _tiles(expert_TK, E, M)
     prepared_TD = bank.prepare(x_TD).to(wide)
@@ -68,7 +84,28 @@ def routed_experts(x_TD: Tensor, bank: ExpertWeights, expert_TK: Tensor, weight_
         h = clamped_swiglu(gate, up, limit) * weight_N[pair_GM][..., None] * real_GM1
         outs.append(torch.bmm(bank.prepare(h), _pick(bank.w2, expert_G, wide).transpose(1, 2)).flatten(0, 1))
     out_RD = torch.cat([*outs, prepared_TD.new_zeros(1, D)])
-    return out_RD[plan.place_TK].sum(1)
+    return _combine(out_RD, plan.place_TK, shard_TK)
+
+
+def _held(expert_TK: Tensor, bank: ExpertWeights) -> Tensor:
+    """Where each expert stands in the bank's stacks; -1 for none and for one held elsewhere."""
+    place_TK = expert_TK - bank.first
+    return place_TK.masked_fill((expert_TK < 0) | (place_TK < 0) | (place_TK >= bank.w1.shape[0]), -1)
+
+
+def _combine(out_RD: Tensor, place_TK: Tensor, shard_TK: Tensor) -> Tensor:
+    """Sum [T, D] of each token's rows of `out_RD`: each added to its shard in the order given, then the shards."""
+    (T, K), D = place_TK.shape, out_RD.shape[1]
+    tile = max(1, T) if torch.is_grad_enabled() else max(1, TILE_ELEMENTS // (VIRTUAL_SHARDS * D))
+    parts = []
+    for t in range(0, max(1, T), tile):
+        place_K, shard_K = place_TK[t : t + tile].unbind(1), shard_TK[t : t + tile].unbind(1)
+        token_T = torch.arange(len(place_K[0]), device=out_RD.device)
+        sum_ND = out_RD.new_zeros(VIRTUAL_SHARDS * len(token_T), D)
+        for k in range(K):  # one row of each token at a time: no order is left open
+            sum_ND.index_add_(0, shard_K[k] * len(token_T) + token_T, out_RD[place_K[k]])
+        parts.append(tree_sum(sum_ND.unflatten(0, (VIRTUAL_SHARDS, len(token_T)))))
+    return torch.cat(parts)
 
 
 class _Tiles(NamedTuple):

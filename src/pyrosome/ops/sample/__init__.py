@@ -1,20 +1,23 @@
 """Choosing a token from logits: the definition every faster sampler must agree with.
 
-A request's choice depends on its own logits, parameters, seed and position, never on what else is in the step.
-Shape letters: V vocabulary.
+A request's choice depends on its own logits, parameters, seed and position, never on what else is in the step, nor on
+whether it was drafted (ADR 0006).  Shape letters: V vocabulary.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from pyrosome.errors import EngineError
+from pyrosome.ops.sample.noise import uniforms
 from pyrosome.options import SamplingParams
 
-_64 = (1 << 64) - 1
+_PIECE = 1 << 14  # ids that race at a time: what they need stays in the processor's cache
 
 
 def sample(
@@ -24,23 +27,40 @@ def sample(
     output_counts: Mapping[int, int],
     seed: int,
     position: int,
+    mask_V: Tensor | None = None,
 ) -> tuple[int, dict[int, float]]:
     """(token, log-probabilities): one choice, and what was asked to be reported of it.
 
-    Log-probabilities are of the model's own distribution, before penalties, temperature and filters.
+    Args:
+        mask_V: bool, the ids allowed; applied after penalties, before temperature and filters.
+
+    Log-probabilities are of the model's own distribution, before penalties, mask, temperature and filters.
 
     Raises:
-        EngineError: the logits hold NaN, or nothing finite.
+        EngineError: the logits hold NaN, or nothing finite; or penalties and mask leave nothing finite.
     """
     best = logits_V.max()
     if not torch.isfinite(best):
-        raise EngineError(f"the logits at position {position} hold {best.item()}; this sequence cannot go on")
+        raise not_finite(position, best.item())
     adjusted_V = adjust_logits(logits_V, params, prompt_counts, output_counts)
+    if mask_V is not None:
+        adjusted_V = adjusted_V.masked_fill(~mask_V, float("-inf"))
+    if not torch.isfinite(left := adjusted_V.max()):
+        allowed = "all" if mask_V is None else f"{int(mask_V.sum())} of {mask_V.numel()}"
+        raise EngineError(
+            f"with penalties and {allowed} ids allowed, the greatest logit at position {position} is {left.item()}; "
+            "this sequence cannot go on"
+        )
     if params.temperature == 0:
         token = first_argmax(adjusted_V)
     else:
-        token = draw(distribution(adjusted_V, params), uniform(seed, position))
+        token = race(distribution(adjusted_V, params), seed, position)
     return token, {} if params.logprobs is None else _logprobs(logits_V, token, params.logprobs)
+
+
+def not_finite(position: int, best: float) -> EngineError:
+    """What ends a sequence whose greatest logit is no finite number."""
+    return EngineError(f"the logits at position {position} hold {best}; this sequence cannot go on")
 
 
 def adjust_logits(
@@ -52,8 +72,8 @@ def adjust_logits(
     frequency (on the output alone): subtracted once, and once per occurrence.
     """
     logits_V = logits_V.float()
-    if params.repetition_penalty != 1.0 and (seen := sorted({*prompt_counts, *output_counts})):
-        at = torch.tensor(seen, device=logits_V.device)
+    if params.repetition_penalty != 1.0 and (seen := {*prompt_counts, *output_counts}):
+        at = torch.tensor(list(seen), device=logits_V.device)
         held = logits_V[at]
         held = torch.where(held > 0, held / params.repetition_penalty, held * params.repetition_penalty)
         logits_V = logits_V.index_copy(0, at, held)
@@ -66,8 +86,8 @@ def adjust_logits(
 
 
 def first_argmax(logits_V: Tensor) -> int:
-    """The most probable token; of equals, the lowest id."""
-    return int((logits_V == logits_V.max()).to(torch.uint8).argmax())
+    """The most probable token; of equals, the lowest id, as torch promises."""
+    return int(logits_V.argmax())
 
 
 def distribution(logits_V: Tensor, params: SamplingParams) -> Tensor:
@@ -75,50 +95,82 @@ def distribution(logits_V: Tensor, params: SamplingParams) -> Tensor:
 
     Ties at the edge of top-k and top-p go to the lowest id.  At least one token always remains.
     """
-    logits_V = logits_V.double()
-    probs_V = ((logits_V - logits_V.max()) / params.temperature).softmax(-1)  # shifted: a tiny temperature overflows
-    keep_V = torch.ones_like(probs_V, dtype=torch.bool)
-    if 0 < params.top_k < probs_V.numel() or params.top_p < 1:
-        ordered_V, order_V = probs_V.sort(descending=True, stable=True)
-        kept = torch.ones_like(keep_V)
-        if 0 < params.top_k < probs_V.numel():
-            kept[params.top_k :] = False
-        if params.top_p < 1:
-            within = ordered_V * kept
-            # A token stays while those before it hold less than top_p of what top-k left.
-            kept &= within.cumsum(0) - within < params.top_p * within.sum()
-            kept[0] = True
-        keep_V = torch.zeros_like(keep_V).scatter(0, order_V, kept)
-    if params.min_p > 0:
-        keep_V &= probs_V >= params.min_p * probs_V.max()
-    probs_V = probs_V * keep_V
-    return probs_V / probs_V.sum()
+    scaled_V = logits_V.to(torch.float64, copy=True)
+    scaled_V.sub_(scaled_V.max()).div_(params.temperature)  # shifted first: a tiny temperature overflows
+    probs_V = scaled_V.softmax(-1)
+    if not 0 < params.top_k < probs_V.numel() and params.top_p == 1 and params.min_p == 0:
+        return probs_V
+    at = _survivors(probs_V, params)
+    held = probs_V[at]
+    # A running sum adds in one order whatever the number of threads; torch's `sum` does not.
+    return torch.zeros_like(probs_V).index_copy(0, at, held / held.cumsum(0)[-1])
 
 
-def draw(probs_V: Tensor, u: float) -> int:
-    """The token whose slice of the cumulative distribution, in id order, holds u in [0, 1)."""
-    edges_V = probs_V.cumsum(0)
-    token = int(torch.searchsorted(edges_V, u * float(edges_V[-1]), right=True))
-    # Rounding of the last edges may point past the last token with any probability.
-    return token if token < probs_V.numel() and probs_V[token] > 0 else int(probs_V.nonzero()[-1])
+def _survivors(probs_V: Tensor, params: SamplingParams) -> Tensor:
+    """The ids that top-k, top-p and min-p leave.
 
-
-def uniform(seed: int, position: int) -> float:
-    """A number in [0, 1) that depends on seed and position alone, the same on every machine.
-
-    Counter-based (two rounds of the splitmix64 finaliser), so that a request resumed anywhere goes on as it would have.
+    Only ids that may be among them are put in order: to order a vocabulary takes longer than all the rest.
     """
-    return (_mix(_mix(seed & _64) ^ (position * 0x9E3779B97F4A7C15 & _64)) >> 11) * 2.0**-53
+    greatest = float(probs_V.max())
+    total = 1.0
+    if 0 < params.top_k < probs_V.numel():
+        at = _ordered(probs_V, float(probs_V.topk(params.top_k).values[-1]))[: params.top_k]
+        edges = probs_V[at].cumsum(0)
+        total = float(edges[-1])
+    elif params.top_p < 1:
+        for share in (2.0**-10, 2.0**-20, 2.0**-30, 0.0):
+            at = _ordered(probs_V, share * greatest)
+            edges = probs_V[at].cumsum(0)
+            if edges[-1] >= params.top_p:
+                break
+    else:
+        return (probs_V >= params.min_p * greatest).nonzero()[:, 0]
+    if params.top_p < 1:
+        # A token stays while those before it hold less than top_p of what top-k left.
+        at = at[: 1 + int((edges[:-1] < params.top_p * total).sum())]
+    return at[probs_V[at] >= params.min_p * greatest]
 
 
-def _mix(x: int) -> int:
-    x = (x + 0x9E3779B97F4A7C15) & _64
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _64
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _64
-    return x ^ (x >> 31)
+def _ordered(values_V: Tensor, least: float) -> Tensor:
+    """Ids of at least this value, the greatest first, of equals the lowest id."""
+    at = (values_V >= least).nonzero()[:, 0]
+    return at[values_V[at].sort(descending=True, stable=True).indices]
+
+
+def race(probs_V: Tensor, seed: int, position: int) -> int:
+    """The winner of an exponential race: the id of the least e / p, with e = -log(1 - u), u the noise of the id.
+
+    A draw from `probs_V`.  As u depends on (seed, position, id) alone, two distributions that are alike mostly have
+    the same winner: with probability at least (1 - TV) / (1 + TV) (Daliri, Musco, Suresh 2024).
+
+    Promised: one build on one machine, whatever the threads, always names the same id; of equals the lowest.
+    Elsewhere exp and log may have other last bits, which matters where two ids are within 1e-15 of each other.
+    """
+    probs = probs_V.cpu().numpy()
+    winner, record = int(probs.argmax()), math.inf
+    for start in range(0, probs.size, _PIECE):
+        piece = probs[start : start + _PIECE]
+        at = np.flatnonzero(piece)
+        if not at.size:
+            continue
+        p, u = piece[at], uniforms(seed, position, at + start)
+        with np.errstate(over="ignore"):
+            bound = u / p  # e is more than u: only ids whose bound is below some id's time can win
+        record_here = _time(u, p, bound.argmin())
+        for i in np.flatnonzero(bound <= min(record, record_here)):
+            if (time := _time(u, p, i)) < record:
+                winner, record = int(at[i]) + start, time
+    return winner
+
+
+def _time(u: np.ndarray, p: np.ndarray, i: np.intp) -> float:
+    return -math.log1p(-float(u[i])) / float(p[i])
 
 
 def _logprobs(logits_V: Tensor, token: int, num_top: int) -> dict[int, float]:
     log_V = logits_V.float().log_softmax(-1)
-    reported = [token, *log_V.sort(descending=True, stable=True).indices[:num_top].tolist()]
-    return {t: float(log_V[t]) for t in reported}
+    top: list[int] = []
+    if num_top:
+        least = float(log_V.topk(min(num_top, log_V.numel())).values[-1])
+        top = _ordered(log_V, least)[:num_top].tolist()
+    return {t: float(log_V[t]) for t in [token, *top]}

@@ -1,0 +1,276 @@
+"""A session in a file: its tokens, its history in blocks, and its state.  docs/session-file.md has the layout.
+
+Written to a temporary name, synced and renamed, so that a file is whole or not there.  Every byte is covered by a
+checksum, and checked before it is used: a damaged file is an error, never another answer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import struct
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+import xxhash
+from torch import Tensor
+
+from pyrosome.cache.blocks import block_bytes, read_blocks, write_blocks
+from pyrosome.cache.pool import CachePool, Holding
+from pyrosome.cache.state import Snapshot, snapshot_bytes
+from pyrosome.cache.streams import BLOCK_TOKENS
+from pyrosome.errors import CheckpointError, DoesNotFit, TruncatedFile, UnsupportedFormat
+
+MAGIC = b"PYROSOME-SESSION"
+VERSION = 1
+_LITTLE_ENDIAN = 0x01020304
+_PREAMBLE = struct.Struct("<16sIIQ16s")  # magic, version, byte order, bytes of the header, its checksum
+ALIGNMENT = 4096
+CHUNK_BYTES = 32 << 20  # of blocks read, checked and written at once
+_AGAIN = "save it again, or compute the session anew from its text"
+
+
+def save_session(
+    path: str | Path,
+    pool: CachePool,
+    pages: dict[int, list[int]],
+    ids: Sequence[int],
+    snapshot: Snapshot,
+    *,
+    fingerprint: str,
+    extra: dict[str, Any] | None = None,
+) -> int:
+    """Write a session; returns the file's bytes.
+
+    Args:
+        pages: the holding's, with the history of the first `snapshot.length` tokens.
+        ids: every token known, at least `snapshot.length` of them.
+        extra: further plain data to be kept with it.
+
+    Raises:
+        DoesNotFit: the disk has not so many bytes free.  An older file of that name is as it was.
+        CheckpointError: the folder cannot be written to.
+    """
+    path = Path(path)
+    num_blocks, size = snapshot.length // BLOCK_TOKENS, block_bytes(pool)
+    per_chunk = max(1, CHUNK_BYTES // max(1, size))
+    chunks = [(at, min(at + per_chunk, num_blocks)) for at in range(0, num_blocks, per_chunk)] if size else []
+    packed = np.asarray(ids, dtype=np.int32)
+    about: dict[str, Any] = {
+        "fingerprint": fingerprint, "kv_format": pool.kv_format, "drafts": pool.has_drafts, "block_bytes": size,
+        "num_ids": len(packed), "num_blocks": num_blocks, "blocks_per_chunk": per_chunk,
+        "snapshot": {"length": snapshot.length, "draft_from": snapshot.draft_from, "bytes": snapshot.num_bytes},
+        "extra": extra or {}, "xxh3": {"ids": _sum(packed), "snapshot": _sum(snapshot.data.numpy()),
+                                       "chunks": ["0" * 32] * len(chunks)},
+    }  # fmt: skip
+    sections = _sections(about, len(_header(about)))
+    total = sections["end"]
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be written: {error}; choose another folder") from None
+    try:
+        with os.fdopen(handle, "wb", buffering=0) as f:
+            with contextlib.suppress(OSError, AttributeError):  # not every file system can; the write then finds out
+                os.posix_fallocate(f.fileno(), 0, total)
+            _write_at(f, sections["ids"], _bytes_of(torch.from_numpy(packed)))
+            _write_at(f, sections["snapshot"], _bytes_of(snapshot.data))
+            about["xxh3"]["chunks"] = list(_write_chunks(f, sections["blocks"], pool, pages, chunks, size))
+            _write_at(f, 0, memoryview(_header(about)))
+            os.ftruncate(f.fileno(), total)
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise _refused(path, total, error) from None
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+    _sync_folder(path.parent)
+    return total
+
+
+@dataclasses.dataclass(frozen=True)
+class SavedSession:
+    """A session file whose header was read and fits."""
+
+    path: Path
+    ids: list[int]
+    about: dict[str, Any]
+
+    @property
+    def length(self) -> int:
+        """Tokens whose rows are in it."""
+        return int(self.about["snapshot"]["length"])
+
+    def load(self, pool: CachePool, holding: Holding) -> Snapshot:
+        """Bring the history into an empty holding's pages; returns the state to be put after it.
+
+        Raises:
+            CheckpointError: the file is damaged, or of a shape this cache has not.  Release the holding then.
+            DoesNotFit: no page is free.
+        """
+        about, snapshot = self.about, self.about["snapshot"]
+        found = (about["kv_format"], about["drafts"], about["block_bytes"], snapshot["bytes"])
+        expected = (pool.kv_format, pool.has_drafts, block_bytes(pool), snapshot_bytes(pool, self.length))
+        if found != expected:
+            raise UnsupportedFormat(
+                f"{self.path} was saved with (kv_format, drafts, bytes of a block, bytes of state) {found} and this "
+                f"cache has {expected}; open the engine as it was when the session was saved"
+            )
+        pool.prepare(holding, 0, self.length, with_slot=False)
+        sections = _sections(about, len(_header(about)))
+        per_chunk, size = about["blocks_per_chunk"], about["block_bytes"]
+        sums = about["xxh3"]["chunks"]
+        with open(self.path, "rb", buffering=0) as f, ThreadPoolExecutor(1) as reader:
+            state = _read(f, self.path, sections["snapshot"], snapshot["bytes"], about["xxh3"]["snapshot"], "state")
+            starts = list(range(0, about["num_blocks"] if size else 0, per_chunk))
+
+            def chunk(i: int) -> Tensor:
+                count = min(per_chunk, about["num_blocks"] - starts[i])
+                what = f"blocks {starts[i]} to {starts[i] + count}"
+                return _read(f, self.path, sections["blocks"] + starts[i] * size, count * size, sums[i], what)
+
+            ahead: Future[Tensor] | None = reader.submit(chunk, 0) if starts else None
+            for i, start in enumerate(starts):
+                assert ahead is not None
+                data = ahead.result()
+                ahead = reader.submit(chunk, i + 1) if i + 1 < len(starts) else None
+                write_blocks(pool, holding.pages, start, data.view(-1, size))
+        return Snapshot(self.length, int(snapshot["draft_from"]), state)
+
+
+def open_session(path: str | Path, *, fingerprint: str) -> SavedSession:
+    """Read and check a session file's header and tokens.
+
+    Raises:
+        CheckpointError: there is no such file, it is damaged, or of another model or numerics.
+        TruncatedFile: it ends too early.
+        UnsupportedFormat: it is no session, or of another version.
+    """
+    path = Path(path)
+    try:
+        with open(path, "rb", buffering=0) as f:
+            about = _read_header(f, path)
+            if about["fingerprint"] != fingerprint:
+                raise CheckpointError(
+                    f"{path} was saved with another model, numerics or kv_format (fingerprint "
+                    f"{about['fingerprint'][:16]}, here {fingerprint[:16]}); open it with the one it was saved with"
+                )
+            sections = _sections(about, len(_header(about)))
+            found = os.fstat(f.fileno()).st_size
+            if found < sections["end"]:
+                raise TruncatedFile(f"{path} has {found} bytes and its header promises {sections['end']}; {_AGAIN}")
+            ids = _read(f, path, sections["ids"], 4 * about["num_ids"], about["xxh3"]["ids"], "the tokens")
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+    return SavedSession(path, ids.view(torch.int32).tolist(), about)
+
+
+def _header(about: dict[str, Any]) -> bytes:
+    body = json.dumps(about, sort_keys=True).encode()
+    return _PREAMBLE.pack(MAGIC, VERSION, _LITTLE_ENDIAN, len(body), xxhash.xxh3_128_digest(body)) + body
+
+
+def _read_header(f: BinaryIO, path: Path) -> dict[str, Any]:
+    raw = f.read(_PREAMBLE.size)
+    if len(raw) < _PREAMBLE.size or not raw.startswith(MAGIC):
+        raise UnsupportedFormat(f"{path} is no saved session; give a file that Session.save wrote")
+    _, version, order, length, checksum = _PREAMBLE.unpack(raw)
+    if version != VERSION or order != _LITTLE_ENDIAN:
+        raise UnsupportedFormat(f"{path} is of version {version} and this one reads version {VERSION}; {_AGAIN}")
+    if length > os.fstat(f.fileno()).st_size:
+        raise TruncatedFile(f"{path} ends within its header of {length} bytes; {_AGAIN}")
+    body = f.read(length)
+    if xxhash.xxh3_128_digest(body) != checksum:
+        raise CheckpointError(f"the header of {path} is damaged; {_AGAIN}")
+    about: dict[str, Any] = json.loads(body)
+    return about
+
+
+def _sections(about: dict[str, Any], header_bytes: int) -> dict[str, int]:
+    """Where each section begins, in bytes; each on a multiple of 4,096."""
+
+    def aligned(at: int) -> int:
+        return -(-at // ALIGNMENT) * ALIGNMENT
+
+    ids = aligned(header_bytes)
+    snapshot = aligned(ids + 4 * about["num_ids"])
+    blocks = aligned(snapshot + about["snapshot"]["bytes"])
+    return {"ids": ids, "snapshot": snapshot, "blocks": blocks,
+            "end": blocks + about["num_blocks"] * about["block_bytes"]}  # fmt: skip
+
+
+def _write_chunks(
+    f: BinaryIO, at: int, pool: CachePool, pages: dict[int, list[int]], chunks: list[tuple[int, int]], size: int
+) -> Iterator[str]:
+    """Gather one chunk while the one before it is summed and written."""
+
+    def write(data: Tensor, place: int) -> str:
+        view = _bytes_of(data)
+        checksum = _sum(view)
+        _write_at(f, place, view)
+        return checksum
+
+    with ThreadPoolExecutor(1) as writer:
+        behind: Future[str] | None = None
+        for first, last in chunks:
+            data = read_blocks(pool, pages, first, last)
+            if behind is not None:
+                yield behind.result()
+            behind = writer.submit(write, data, at + first * size)
+        if behind is not None:
+            yield behind.result()
+
+
+def _write_at(f: BinaryIO, at: int, data: memoryview) -> None:
+    while data:
+        written = os.pwrite(f.fileno(), data, at)
+        data, at = data[written:], at + written
+
+
+def _read(f: BinaryIO, path: Path, at: int, size: int, checksum: str, what: str) -> Tensor:
+    data = torch.empty(size, dtype=torch.uint8)
+    view, done = _bytes_of(data), 0
+    while done < size:
+        count = os.preadv(f.fileno(), [view[done:]], at + done)
+        if not count:
+            raise TruncatedFile(f"{path} ends within {what}; {_AGAIN}")
+        done += count
+    if _sum(view) != checksum:
+        raise CheckpointError(f"{what} in {path} are damaged: the checksum is another; {_AGAIN}")
+    return data
+
+
+def _bytes_of(data: Tensor) -> memoryview:
+    return memoryview(data.flatten().view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+def _sum(data: Any) -> str:
+    return xxhash.xxh3_128_hexdigest(data)
+
+
+def _refused(path: Path, needed: int, error: OSError) -> DoesNotFit | CheckpointError:
+    try:
+        free = os.statvfs(path.parent)
+        available = free.f_bavail * free.f_frsize
+    except OSError:
+        available = 0
+    if available < needed or error.errno in (28, 122, 27):  # ENOSPC, EDQUOT, EFBIG
+        return DoesNotFit(f"the session file {path}", needed, available, "the disk", "free some, or save elsewhere")
+    return CheckpointError(f"{path} could not be written: {error}; an older file of that name is as it was")
+
+
+def _sync_folder(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # not every file system lets a folder be synced
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -1,0 +1,130 @@
+"""Drafts for many sequences at once: by the checkpoint's own head, or from what a sequence has said before.
+
+What is proposed never changes an answer, only how many steps it takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Items
+from typing import Protocol
+
+from pyrosome.engine.runner import Forward, Runner, Sequence
+from pyrosome.engine.sampler import draw_draft
+from pyrosome.engine.speculate import Depth, PromptLookup, StepCost, resolve_drafter
+from pyrosome.engine.track import Completion
+from pyrosome.options import EngineOptions
+
+Served = tuple[Completion, int]  # and the position its span began at
+
+
+class Drafter(Protocol):
+    """Proposes the next ids of sequences after a step."""
+
+    cost: StepCost
+
+    def depth(self) -> Depth:
+        """How deep to draft for a completion that begins."""
+        ...
+
+    def propose(self, served: Items[Served], forward: Forward) -> None:
+        """Set `drafts` of the completions served by a step, the forward's own spans first and in its order."""
+        ...
+
+
+class NoDrafter:
+    """Drafts nothing."""
+
+    def __init__(self) -> None:
+        self.cost = StepCost()
+
+    def depth(self) -> Depth:
+        return Depth(0, self.cost)
+
+    def propose(self, served: Items[Served], forward: Forward) -> None:
+        pass
+
+
+class LookupDrafter:
+    """What followed a sequence's last ids the last time they were there: documents quote themselves."""
+
+    def __init__(self, max_drafts: int, cost: StepCost) -> None:
+        self.max_drafts, self.cost = max_drafts, cost
+
+    def depth(self) -> Depth:
+        return Depth(self.max_drafts, self.cost)
+
+    def propose(self, served: Items[Served], forward: Forward) -> None:
+        for c, _ in served:
+            if not _goes_on(c):
+                continue
+            if c.track.lookup is None:
+                c.track.lookup = PromptLookup()
+                c.track.lookup.extend(c.track.ids)
+            c.drafts = c.track.lookup.propose(c.depth.choose())
+
+
+class HeadDrafter:
+    """The checkpoint's MTP stage; deeper drafts feed its own streams back."""
+
+    def __init__(self, runner: Runner, max_drafts: int, cost: StepCost) -> None:
+        self.runner, self.max_drafts, self.cost = runner, max_drafts, cost
+
+    def depth(self) -> Depth:
+        return Depth(self.max_drafts, self.cost)
+
+    def propose(self, served: Items[Served], forward: Forward) -> None:
+        served = served[: len(forward.step.layout)]  # a twin drafts from its next step on
+        depths = [c.depth.choose() if _goes_on(c) else 0 for c, _ in served]
+        spans = [self._span(c, start, depth) for (c, start), depth in zip(served, depths, strict=True)]
+        if not any(ids for _, _, ids in spans):
+            return
+        logits_BV, streams_BJD = self.runner.draft(forward, spans)
+        going = [b for b, depth in enumerate(depths) if depth]
+        logits_BV, streams_BJD = logits_BV[going], streams_BJD[going]
+        for depth in range(max(depths)):
+            if depth:
+                stay = [i for i, b in enumerate(going) if depths[b] > depth]
+                going = [going[i] for i in stay]
+                at = [(served[b][0], served[b][0].track.length + depth - 1) for b in going]
+                deeper = [(_present(c), position, c.drafts[-1]) for c, position in at]
+                logits_BV, streams_BJD = self.runner.draft_deeper(deeper, streams_BJD[stay])
+            for i, b in enumerate(going):
+                c = served[b][0]
+                c.drafts.append(draw_draft(logits_BV[i], c.sampler, len(c.track.ids) + depth))
+
+    @staticmethod
+    def _span(c: Completion, start: int, depth: int) -> tuple[Sequence | None, int, list[int]]:
+        """The positions whose next id is known now, from where the stage's window ends or the step began.
+
+        Where no draft is wanted nothing is run: the window then has a gap, and begins anew after it.
+        """
+        sequence = c.track.sequence
+        if sequence is None or (c.is_decoding and not depth):
+            return None, 0, []
+        first = start - 1 if start and sequence.draft_to == start - 1 else start
+        return sequence, first, c.track.ids[first + 1 : sequence.length + 1]
+
+
+def drafter_for(options: EngineOptions, runner: Runner) -> Drafter:
+    """The drafter asked for.
+
+    Raises:
+        RequestError: this checkpoint does not have it; the message names the one it has.
+    """
+    kind = resolve_drafter(options.drafter, runner.has_drafts, runner.model.config.dspark is not None)
+    cost = StepCost()
+    if kind == "off" or not options.max_drafts:
+        return NoDrafter()
+    if kind == "lookup":
+        return LookupDrafter(options.max_drafts, cost)
+    return HeadDrafter(runner, options.max_drafts, cost)
+
+
+def _goes_on(c: Completion) -> bool:
+    """Whether a completion has its next id and may generate more than that."""
+    return c.track.sequence is not None and c.is_decoding and c.num_pending == 1
+
+
+def _present(c: Completion) -> Sequence:
+    assert c.track.sequence is not None
+    return c.track.sequence

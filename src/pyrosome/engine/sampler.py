@@ -1,0 +1,117 @@
+"""Choosing tokens for many completions at once, each by its own logits, parameters, seed and position alone."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyrosome.ops.sample import adjust_logits, distribution, first_argmax, not_finite, race, sample
+from pyrosome.ops.sample.noise import seed_of
+from pyrosome.options import SamplingParams
+
+LONGEST_PASSAGE = 64  # tokens of a passage whose repetition is noticed
+LEAST_REPEATED = 16  # tokens that its repetitions have together, or "..." would end an answer
+
+
+class Choice(NamedTuple):
+    """A token, and what was asked to be reported of it."""
+
+    token: int
+    logprobs: dict[int, float]
+
+
+class SamplerState:
+    """What the choice of one completion's tokens depends on besides logits.
+
+    Args:
+        seed: the request's; completion `index` derives its own from it, the first takes it as it is.
+    """
+
+    def __init__(self, params: SamplingParams, prompt: Iterable[int], seed: int, index: int = 0) -> None:
+        self.params, self.seed = params, seed_of(seed, index)
+        # Penalties alone count tokens: a prompt of a million ids is not counted for nothing.
+        self.prompt_counts = Counter(prompt) if params.repetition_penalty != 1.0 else Counter[int]()
+        self.output_counts: Counter[int] = Counter()
+        self._counts = params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
+        self._tail: deque[int] = deque(maxlen=LONGEST_PASSAGE)  # the output's end, its last token first
+        self._runs = [0] * LONGEST_PASSAGE  # at i: how many last tokens equal the one i + 1 before them
+        self.is_repeating = False  # whether the output ends in one passage, `max_repeats` times over
+
+    @property
+    def is_plain_greedy(self) -> bool:
+        """Whether the best logit is the answer, and nothing else is asked."""
+        return self.params.temperature == 0 and not self._counts and self.params.logprobs is None
+
+    def accept(self, token: int) -> None:
+        """Take a token that became part of the output."""
+        if self._counts:
+            self.output_counts[token] += 1
+        if self.params.max_repeats is not None:
+            self.is_repeating = self._repeats(token, self.params.max_repeats)
+            self._tail.appendleft(token)
+
+    def _repeats(self, token: int, times: int) -> bool:
+        found = False
+        for i, before in enumerate(self._tail):
+            if token != before:
+                self._runs[i] = 0
+                continue
+            self._runs[i] += 1
+            # A passage of i + 1 tokens stands once, and its repetitions are the run.
+            found |= self._runs[i] >= max((times - 1) * (i + 1), LEAST_REPEATED - (i + 1))
+        return found
+
+
+class Row(NamedTuple):
+    """One choice to be made."""
+
+    logits_V: Tensor
+    state: SamplerState
+    mask_V: Tensor | None  # bool, the ids allowed
+    position: int  # of the token that is chosen
+
+
+def choose_all(rows: Sequence[Row]) -> list[Choice | Exception]:
+    """One choice per row.  What goes wrong with a row is its value: the others are chosen as if it were not there."""
+    plain = [i for i, row in enumerate(rows) if row.mask_V is None and row.state.is_plain_greedy]
+    chosen = dict(zip(plain, _choose_greedy([rows[i] for i in plain]), strict=True))
+    return [chosen[i] if i in chosen else _choose(row) for i, row in enumerate(rows)]
+
+
+def draw_draft(logits_V: Tensor, state: SamplerState, position: int) -> int:
+    """A drafter's token for `position`, drawn with the noise that the target's will be drawn with."""
+    params = state.params
+    if state.is_plain_greedy:
+        return first_argmax(logits_V)
+    adjusted_V = adjust_logits(logits_V, params, state.prompt_counts, state.output_counts)
+    if params.temperature == 0:
+        return first_argmax(adjusted_V)
+    return race(distribution(adjusted_V, params), state.seed, position)
+
+
+def _choose(row: Row) -> Choice | Exception:
+    s = row.state
+    try:
+        return Choice(
+            *sample(row.logits_V, s.params, s.prompt_counts, s.output_counts, s.seed, row.position, row.mask_V)
+        )
+    except Exception as error:
+        return error
+
+
+def _choose_greedy(rows: Sequence[Row]) -> list[Choice | Exception]:
+    """The best token of each row, of equals the lowest id, by one call and one wait for the device."""
+    if len(rows) < 2:
+        return [_choose(row) for row in rows]
+    try:
+        best_B, tokens_B = torch.stack([row.logits_V for row in rows]).max(-1)
+        found = zip(rows, tokens_B.tolist(), best_B.tolist(), torch.isfinite(best_B).tolist(), strict=True)
+        return [
+            Choice(token, {}) if is_finite else not_finite(row.position, best) for row, token, best, is_finite in found
+        ]
+    except Exception:  # rows that do not go together are told apart one by one
+        return [_choose(row) for row in rows]

@@ -1,0 +1,156 @@
+"""Sessions: sequences that stay, to be extended, forked, cut back, saved and found again."""
+
+from __future__ import annotations
+
+import dataclasses
+import uuid
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from pyrosome.cache.store import open_session, save_session
+from pyrosome.engine.request import Request
+from pyrosome.engine.runner import Sequence, check_ids
+from pyrosome.engine.track import Track
+from pyrosome.errors import ContextTooLong, RequestError
+
+if TYPE_CHECKING:
+    from pyrosome.engine.engine import Engine
+
+
+@dataclasses.dataclass(eq=False)
+class Session:
+    """A track that outlives its requests."""
+
+    track: Track
+    before: int | None = None  # ids there were when the request that runs now began; None: none runs
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a request is generating in it."""
+        return self.before is not None
+
+    def begin(self, request: Request) -> Track:
+        """Append a request's ids and generate from there."""
+        self.before = len(self.track.ids)
+        self.track.append(request.ids)
+        return self.track
+
+    def finish(self, engine: Engine, *, failed: bool) -> None:
+        """The request has ended: what it said stays, unless it failed, when all is as it was before."""
+        assert self.before is not None
+        if failed:
+            engine.home.drop(self.track)
+            engine.home.rewind(self.track, self.before)
+        self.before = None
+
+
+def find(engine: Engine, session_id: str) -> Session:
+    """The session of that id, if nothing is generating in it.
+
+    Raises:
+        RequestError: there is none, or it is busy.
+    """
+    session = engine.sessions.get(session_id)
+    if session is None:
+        raise RequestError(f"there is no session {session_id!r}; open one, or restore it from its file")
+    if session.is_busy:
+        raise RequestError(f"session {session_id} is generating; wait for its end, or fork it before")
+    return session
+
+
+def call(engine: Engine, name: str, arguments: dict[str, Any]) -> Any:
+    """Run an operation by name."""
+    operation = _OPERATIONS.get(name)
+    if operation is None:
+        raise RequestError(f"there is no operation {name!r}; there are {', '.join(sorted(_OPERATIONS))}")
+    return operation(engine, **arguments)
+
+
+def _register(engine: Engine, track: Track) -> str:
+    session_id = uuid.uuid4().hex
+    engine.sessions[session_id] = Session(track)
+    return session_id
+
+
+def _open(engine: Engine, ids: list[int] | tuple[int, ...] = (), salt: str = "") -> str:
+    session_id = _register(engine, engine.home.new_track([], salt))
+    _extend(engine, session_id, ids)
+    return session_id
+
+
+def _extend(engine: Engine, session: str, ids: list[int] | tuple[int, ...]) -> int:
+    track = find(engine, session).track
+    if ids:
+        check_ids(list(ids), engine.config.vocab_size)
+        if len(track.ids) + len(ids) > engine.max_context:
+            raise ContextTooLong(len(track.ids) + len(ids), engine.max_context, "rewind the session, or open another")
+        track.append(ids)
+    return len(track.ids)
+
+
+def _ids(engine: Engine, session: str) -> list[int]:
+    return list(find(engine, session).track.ids)
+
+
+def _fork(engine: Engine, session: str) -> str:
+    return _register(engine, engine.home.fork(find(engine, session).track))
+
+
+def _rewind(engine: Engine, session: str, num_tokens: int) -> int:
+    """Take the last `num_tokens` back; returns how many tokens the next turn computes again to go on from there."""
+    track = find(engine, session).track
+    if not 0 <= num_tokens <= len(track.ids):
+        raise RequestError(f"{num_tokens} tokens were to be taken back and the session has {len(track.ids)}")
+    return engine.home.rewind(track, len(track.ids) - num_tokens)
+
+
+def _save(engine: Engine, session: str, path: str) -> int:
+    track = find(engine, session).track
+    sequence = _present(engine, track)
+    return save_session(
+        path, engine.runner.pool, sequence.holding.pages, track.ids, engine.runner.snapshot(sequence),
+        fingerprint=engine.fingerprint,
+    )  # fmt: skip
+
+
+def _restore(engine: Engine, path: str, salt: str = "") -> str:
+    saved = open_session(path, fingerprint=engine.fingerprint)
+    if len(saved.ids) > engine.max_context:
+        raise ContextTooLong(len(saved.ids), engine.max_context, "give the engine a larger max_context or cache_bytes")
+    track = engine.home.new_track(list(saved.ids), salt)
+    track.sequence = Sequence(engine.runner.pool.open())
+    try:
+        if not engine.home.make_room(track, saved.length, engine.park_idle):
+            raise RequestError(f"{saved.length} tokens of {path} find no room beside what is running; try again later")
+        engine.runner.restore(track.sequence, saved.load(engine.runner.pool, track.sequence.holding))
+    except BaseException:
+        engine.home.drop(track)
+        raise
+    engine.home.settle(track, track.length)
+    return _register(engine, track)
+
+
+def _present(engine: Engine, track: Track) -> Sequence:
+    """The track's place in the cache, brought in if need be."""
+    if track.sequence is None and engine.home.bring_in(track, engine.park_idle) is None:
+        raise RequestError("the session finds no room beside what is running; try again later")
+    assert track.sequence is not None
+    return track.sequence
+
+
+def _close(engine: Engine, session: str) -> None:
+    engine.home.drop(find(engine, session).track)
+    del engine.sessions[session]
+
+
+_OPERATIONS: dict[str, Callable[..., Any]] = {
+    "session_open": _open,
+    "session_extend": _extend,
+    "session_ids": _ids,
+    "session_fork": _fork,
+    "session_rewind": _rewind,
+    "session_save": _save,
+    "session_restore": _restore,
+    "session_close": _close,
+    "stats": lambda engine: engine.current_stats(),
+}
