@@ -421,10 +421,12 @@ def _check_agreement(c: ModelConfig) -> None:
 
 def _check_ratios(c: ModelConfig) -> None:
     for at, ratio in enumerate(c.compress_ratios):
-        if ratio < 0 or (ratio and BLOCK_TOKENS % ratio):
+        if ratio in (0, CSA_RATIO):
+            continue
+        if ratio < 2 or BLOCK_TOKENS % ratio:
             raise CheckpointError(
-                f"compress_ratios[{at}] is {ratio}; supported are 0 (window only), {CSA_RATIO} (CSA) and divisors of "
-                f"{BLOCK_TOKENS} (HCA)"
+                f"compress_ratios[{at}] is {ratio}; supported are 0 (window only), {CSA_RATIO} (CSA) and other "
+                f"divisors of {BLOCK_TOKENS} from 2 on (HCA)"
             )
     if len(c.layer_ratios) < c.num_hidden_layers:
         raise CheckpointError(

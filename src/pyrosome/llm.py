@@ -173,6 +173,7 @@ class LLM:
         return dataclasses.replace(
             request,
             constraint=prompt.constraint,
+            never_empty=True,
             think_end=think_end,
             stable=self.chat_template.stable(prompt),
             **changes,

@@ -15,9 +15,21 @@ from pyrosome.cache.tiers import Tiers
 from pyrosome.config import ModelConfig
 from pyrosome.engine.runner import Runner, Sequence
 from pyrosome.testing.shapes import tiny
-from tests.networks import network
+from tests.networks import network, run, tokens
 
 CONFIG = tiny((0, 4, 8, 128))  # pages of 2, 4 and 64 blocks
+IDS = tokens(1400)
+LONG = 8192 + 3 * BLOCK_TOKENS  # past one page of HCA rows
+
+
+def fresh(ids: list[int], config: ModelConfig = CONFIG, kv_format: str = "f32") -> Tensor:
+    """Logits after the last id, computed alone."""
+    return run(network(config), ids, kv_format=kv_format)[-1]
+
+
+def branch(at: int, length: int = 150, seed: int = 9) -> list[int]:
+    """IDS up to `at`, then something else."""
+    return IDS[:at] + tokens(length, seed=seed + at)
 
 
 @dataclasses.dataclass
@@ -93,7 +105,6 @@ class Serving:
         stop = 0 if blocks is None else self.tree.num_blocks - blocks
         while self.tree.num_blocks > stop:
             node = min(e for e in self.tree._heap if _is_current(e))[2]
-            self.tree._clock = max(self.tree._clock, node.worth)
             self.tree._evict(node, min(self.pool.ratios, default=0))
 
     def assert_nothing_is_held(self) -> None:

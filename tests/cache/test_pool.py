@@ -10,7 +10,7 @@ from pyrosome.cache.streams import PAGE_ROWS, cache_tokens_in, pages_for, plan_c
 from pyrosome.errors import CacheInvariantBroken, CheckpointError, ContextTooLong, DoesNotFit
 from pyrosome.testing.shapes import tiny
 
-MIXES = [(0,), (4,), (128,), (0, 4, 128, 4), (128, 0, 128), (4, 8, 64, 8), (1, 2)]
+MIXES = [(0,), (4,), (128,), (0, 4, 128, 4), (128, 0, 128), (4, 8, 64, 8), (2, 16)]
 
 
 def state_of(pool: CachePool):

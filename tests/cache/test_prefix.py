@@ -1,4 +1,4 @@
-"""The prefix tree: a hit gives the bits a fresh computation gives, and what it keeps is worth most.
+"""The prefix tree: a hit gives the bits a fresh computation gives.
 
 The cache starts out poisoned with NaN, so a row that is read without having been written shows at once.
 """
@@ -11,32 +11,15 @@ import pytest
 import torch
 
 from pyrosome.cache.nodes import Node, common_tokens
-from pyrosome.cache.pool import Shortage
-from pyrosome.cache.prefix import MAX_USES, depth_cost
-from pyrosome.cache.state import Snapshot
 from pyrosome.cache.streams import BLOCK_TOKENS
-from pyrosome.config import ModelConfig
 from pyrosome.testing.shapes import tiny
-from tests.cache.serving import CONFIG, Serving
+from tests.cache.serving import CONFIG, IDS, LONG, Serving, branch, fresh
 from tests.networks import network, run, tokens
-
-IDS = tokens(1400)
-LONG = 8192 + 3 * BLOCK_TOKENS  # past one page of HCA rows
 
 
 @pytest.fixture(scope="module")
 def whole():
     return run(network(CONFIG), IDS)
-
-
-def fresh(ids: list[int], config: ModelConfig = CONFIG, kv_format: str = "f32") -> torch.Tensor:
-    """Logits after the last id, computed alone."""
-    return run(network(config), ids, kv_format=kv_format)[-1]
-
-
-def branch(at: int, length: int = 150, seed: int = 9) -> list[int]:
-    """IDS up to `at`, then something else."""
-    return IDS[:at] + tokens(length, seed=seed + at)
 
 
 # A hit gives the same bits.
@@ -256,140 +239,6 @@ def test_blocks_are_compared_id_by_id():
         assert served.serve([5] * 127 + [token] + [5] * 172).match.length == 0
 
 
-# What has to leave, and in which order.
-
-
-def known(served: Serving, prompt: list[int]) -> int:
-    return served.tree.match(prompt, "", len(prompt)).length
-
-
-def test_the_last_blocks_of_what_was_not_used_longest_go_first():
-    served = Serving()
-    prompts = [tokens(300, seed=s) for s in (1, 2, 3)]
-    for p in prompts:
-        served.serve(p)
-    served.serve(prompts[0])  # used again
-    served.evict(1)
-    assert [known(served, p) for p in prompts] == [256, 128, 256]
-    served.evict(1)
-    assert [known(served, p) for p in prompts] == [256, 0, 256]
-    served.evict(2)
-    assert [known(served, p) for p in prompts] == [256, 0, 0]
-
-
-def test_what_was_used_often_grows_old_too():
-    served = Serving()
-    often = tokens(200, seed=50)
-    for _ in range(5):
-        served.serve(often)
-    for seed in range(60, 60 + 2 * MAX_USES):
-        served.serve(tokens(200, seed=seed))
-        served.evict(1)
-        if not known(served, often):
-            break
-    assert not known(served, often)
-    assert seed > 62, "but not before others that were used once"
-
-
-def test_a_block_far_behind_is_worth_more_than_one_at_the_beginning():
-    served = Serving()
-    served.serve(IDS[:900])
-    served.serve(tokens(200, seed=4))  # came later, and is cheaper
-    served.evict(1)
-    assert (known(served, IDS[:900]), known(served, tokens(200, seed=4))) == (896, 0)
-
-
-@pytest.mark.parametrize(("tokens_before", "gflop"), [(4096, 29.1), (32768, 32.2), (131072, 42.7), (1_048_576, 141.4)])
-def test_the_cost_of_a_block_grows_as_the_flops_of_a_token_do(tokens_before, gflop):
-    """Against model.md section 12: per token of Flash at some contexts."""
-    share = depth_cost(ModelConfig.preset("flash"))
-    ours = 1 + share * tokens_before / BLOCK_TOKENS
-    assert ours == pytest.approx(gflop / 28.6, rel=0.1)
-
-
-def test_blocks_that_somebody_runs_on_are_passed_over():
-    served = Serving(cache_tokens=2048)
-    sequence, cursor, _, _ = served.enter(IDS[:600])
-    served.go_on(sequence, cursor, IDS[:600])
-    served.serve(tokens(700, seed=2))
-    pages = {r: served.pool.num_free_pages(r) for r in served.pool.ratios}
-    assert not served.tree.make_room(Shortage(0, {4: 100}))
-    assert known(served, IDS[:600]) == 512  # nothing to be had from it, so it stays
-    assert known(served, tokens(700, seed=2)) == 0
-    assert served.pool.num_free_pages(4) == pages[4] + 3
-    assert not served.tree.make_room(Shortage(1, {}))  # a slot is not the tree's to give
-    served.runner.close(sequence)
-
-
-def test_blocks_under_those_somebody_runs_on_are_reached_in_need():
-    """Two compute one prompt at once: the tree has the first one's pages, and the second's blocks after them."""
-    served = Serving(cache_tokens=2048)
-    first, second = served.enter(IDS[:700]), served.enter(IDS[:900])
-    served.go_on(first[0], first[1], IDS[:700])
-    served.go_on(second[0], second[1], IDS[:900])
-    served.runner.close(first[0])
-    free = served.pool.num_free_pages(4)
-    assert served.tree.make_room(Shortage(0, {4: free and 1}))
-    assert served.pool.num_free_pages(4) == free + 1
-    logits = served.go_on(second[0], second[1], IDS[:1050])
-    assert torch.equal(logits, fresh(IDS[:1050]))
-    served.runner.close(second[0])
-    assert known(served, IDS[:1050]) == 1024, "who goes on is published again from the beginning"
-    assert torch.equal(served.serve(IDS[:1050]).logits, fresh(IDS[:1050]))
-
-
-def test_a_match_is_shortened_where_there_is_no_room_and_its_own_blocks_stay():
-    served = Serving(cache_tokens=1280, host_blocks=100)
-    served.serve(IDS[:1200])
-    served.evict(4)
-    holder, cursor, _, _ = served.enter(tokens(500, seed=8))
-    served.go_on(holder, cursor, tokens(500, seed=8))
-    match = served.tree.match(IDS[:1200], "", 1199)
-    assert match.length == 1152
-    while served.pool.num_free_pages(4):
-        served.pool.take(4)
-    holding, shorter = served.tree.adopt(match)
-    assert (shorter.length, shorter.limit) == (640, "evicted")
-    assert "640 of 1152" in shorter.reason
-    assert shorter.snapshot is None or shorter.snapshot.length <= 640
-    assert known(served, IDS[:640]) == 640
-    served.pool.release(holding)
-    served.runner.close(holder)
-
-
-def test_a_talk_of_many_turns_holds_a_coarse_page_once():
-    """Each turn copies the page it goes on in; what came before moves to the copy."""
-    served = Serving(cache_tokens=4096)
-    for length in range(200, 2400, 200):
-        served.serve(IDS[:length] if length <= 1400 else IDS + tokens(length - 1400))
-    total = served.pool.plan.num_pages[128] - 1
-    assert total - served.pool.num_free_pages(128) == 1
-    assert served.pool.plan.num_pages[4] - 1 - served.pool.num_free_pages(4) == 9
-    served.assert_nothing_is_held()
-
-
-def test_names_of_what_left_are_bounded():
-    served = Serving(max_shadows=6)
-    for seed in range(8):
-        served.serve(tokens(400, seed=seed))
-        served.evict()
-    assert served.tree.num_shadows == 6
-    assert served.tree.match(tokens(400, seed=7), "", 399).limit == "evicted"
-    assert served.tree.match(tokens(400, seed=1), "", 399).limit == "no common prefix"
-
-
-def test_eviction_s_list_does_not_grow_with_time():
-    served = Serving()
-    for _ in range(1500):
-        holding, _ = served.tree.adopt(served.tree.match(IDS[:300], "", 299))
-        served.pool.release(holding)
-    served.serve(IDS[:300])
-    for _ in range(3000):
-        holding, _ = served.tree.adopt(served.tree.match(IDS[:300], "", 299))
-        served.pool.release(holding)
-    assert len(served.tree._heap) <= 2 * served.tree.num_blocks + 1025
-
-
 # Forgetting.
 
 
@@ -411,133 +260,6 @@ def test_a_prefix_found_wrong_is_gone_with_all_that_was_computed_from_it(tmp_pat
     assert served.serve(IDS[:500]).match.length == 384
     served.tree.drop_path(IDS[:5], "")  # no whole block: nothing is named by it
     assert served.serve(IDS[:500]).match.length == 384
-
-
-# State.
-
-
-class Path:
-    """A chain of blocks with fake state."""
-
-    def __init__(self, budget: int, num_bytes: int = 1) -> None:
-        self.served = Serving(tiny((4,)), snapshot_bytes=budget, cache_tokens=16384, max_context=8192)
-        self.num_bytes = num_bytes
-        tree, pool = self.served.tree, self.served.pool
-        self.holding, self.cursor = pool.open(), tree.cursor("")
-        pool.prepare(self.holding, 0, 8192, with_slot=False)
-        self.ids = tokens(8192)
-
-    def keep(self, block: int, pinned: bool = False, num_bytes: int = 0, draft_from: int = 0) -> bool:
-        self.served.tree.publish(self.cursor, self.ids, self.holding, max(block * 128, self.cursor.node.length))
-        data = torch.zeros(num_bytes or self.num_bytes, dtype=torch.uint8)
-        return self.served.tree.keep_snapshot(self.cursor, Snapshot(block * 128, draft_from, data), pinned=pinned)
-
-    @property
-    def kept(self) -> list[int]:
-        node, found = self.cursor.node, []
-        while node.parent:
-            found += [node.depth] if node.snapshot else []
-            node = node.parent
-        return found[::-1]
-
-
-def test_state_is_dense_near_the_end_and_sparse_before():
-    path = Path(1 << 20)
-    for block in range(1, 33):
-        path.keep(block)
-        ages = [block - b for b in path.kept]
-        assert ages[-3:] == [2, 1, 0][-block:]
-        # Whoever goes back by any distance finds state no farther than that distance again before it.
-        for back in range(block):
-            assert min(block - back - b for b in [0, *path.kept] if b <= block - back) <= max(1, back)
-    assert len(path.kept) <= 10
-
-
-def test_state_where_requests_part_stays_when_the_path_is_thinned():
-    path = Path(1 << 20)
-    for block in range(1, 33):
-        path.keep(block, pinned=block in (3, 4, 5, 9))
-    assert {3, 4, 5, 9} <= set(path.kept)
-
-
-def test_a_prompt_that_leaves_a_known_path_pins_the_state_there():
-    served = Serving()
-    served.serve(IDS[:400], cuts=(128, 256))
-    assert served.serve(branch(256, 200)).match.snapshot.length == 256
-    node = served.tree.match(IDS[:256], "", 256).nodes[-1]
-    assert node.pinned and not node.parent.pinned
-
-
-def test_a_divergence_met_once_has_state_the_next_time():
-    served = Serving()
-    sequence, cursor, _, _ = served.enter(IDS[:600])
-    served.runner.step([(sequence, IDS[:600])])
-    served.tree.publish(cursor, IDS, sequence.holding, 600)
-    served.runner.close(sequence)
-    first, second = served.serve(branch(300)), served.serve(branch(300, seed=77))
-    assert (first.match.length, second.match.length) == (256, 256)
-    assert (first.replayed > 0, second.replayed) == (True, 0)
-    assert torch.equal(second.logits, fresh(branch(300, seed=77)))
-
-
-def test_state_keeps_to_its_budget_and_pins_outlive_the_rest_for_a_while_only():
-    path = Path(4)
-    assert path.keep(1, pinned=True)
-    for block in (8, 9, 10, 11, 12):
-        assert path.keep(block)
-        assert path.served.tree.snapshot_bytes <= 4
-    assert path.kept == [1, 10, 11, 12]
-    for block in range(13, 64):
-        assert path.keep(block), "pins never keep new state out"
-        assert path.kept[0] == 1 or block > 20
-    assert path.kept[0] > 1
-    assert not path.keep(64, num_bytes=5)
-    counters = path.served.tree.counters
-    assert counters.snapshots_kept - counters.snapshots_dropped == path.served.tree.num_snapshots
-
-
-def test_pins_alone_fill_a_budget_and_the_oldest_makes_way():
-    path = Path(3)
-    for block in (1, 5, 9, 13):
-        path.keep(block, pinned=True)
-    assert path.kept == [5, 9, 13]
-    assert path.keep(20)
-    assert path.kept == [9, 13, 20]
-
-
-def test_state_of_a_block_nobody_has_is_not_kept():
-    path = Path(10)
-    assert path.keep(3)
-    path.served.pool.release(path.holding)
-    path.served.evict()
-    assert path.served.tree.snapshot_bytes == 0
-    tree = path.served.tree
-    assert not tree.keep_snapshot(path.cursor, Snapshot(384, 0, torch.zeros(1, dtype=torch.uint8)))
-    assert not tree.keep_snapshot(path.cursor, Snapshot(130, 0, torch.zeros(1, dtype=torch.uint8)))
-    assert not tree.keep_snapshot(path.cursor, Snapshot(0, 0, torch.zeros(1, dtype=torch.uint8)))
-    tree.forget()
-    assert not tree.keep_snapshot(path.cursor, Snapshot(384, 0, torch.zeros(1, dtype=torch.uint8)))
-
-
-def test_of_two_states_of_one_block_the_one_with_more_of_the_draft_window_stays():
-    path = Path(10)
-    for draft_from, kept in ((200, 200), (300, 200), (0, 0), (100, 0)):
-        path.keep(3, draft_from=draft_from)
-        assert path.cursor.node.snapshot.draft_from == kept
-    assert path.served.tree.snapshot_bytes == 1
-
-
-def test_state_that_leaves_memory_for_want_of_room_is_found_in_its_tier(whole):
-    served = Serving(host_blocks=1000, snapshot_bytes=200_000)
-    served.serve(IDS[:600])
-    first = served.tree.snapshot_bytes
-    for seed in range(6):
-        served.serve(tokens(600, seed=50 + seed))
-    assert first and served.tree.snapshot_bytes <= 200_000
-    assert served.tree.counters.snapshots_dropped
-    hit = served.serve(IDS[:513])
-    assert (hit.match.limit, hit.num_computed, hit.replayed) == ("all", 1, 0)
-    assert torch.equal(hit.logits, whole[512])
 
 
 # What it costs.

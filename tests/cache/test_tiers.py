@@ -206,6 +206,15 @@ def test_the_next_process_finds_it_and_the_oldest_is_dropped_first(tmp_path):
     assert small.disk_bytes == sum(p.stat().st_size for p in files(tmp_path))
 
 
+def test_on_disk_too_what_was_used_last_stays(tmp_path):
+    t = tiers(tmp_path)
+    put(t, 0, 1, 2)
+    t._disk_budget = t.disk_bytes
+    assert found(t, 0) == [0]
+    put(t, 3)
+    assert found(t, 0, 1, 2, 3) == [0, 2, 3]
+
+
 def test_flush_leaves_everything_to_the_next_process(tmp_path):
     t = tiers(tmp_path, host_blocks=10)
     put(t, 1, 2, 3)

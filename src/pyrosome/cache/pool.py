@@ -191,11 +191,13 @@ class CachePool:
                 self._copy_page(ratio, held[at], new)
                 book.drop([held[at]], holding.serial)
                 held[at] = new
-                self._tables[ratio][holding.slot, at] = new
+                if holding.slot:
+                    self._tables[ratio][holding.slot, at] = new
             if count := self._growth(holding, ratio, stop):
                 new_pages = [book.take(holding.serial) for _ in range(count)]
                 at = len(held)
-                self._tables[ratio][holding.slot, at : at + count] = torch.tensor(new_pages, device=self.device)
+                if holding.slot:
+                    self._tables[ratio][holding.slot, at : at + count] = torch.tensor(new_pages, device=self.device)
                 held += new_pages
 
     def fork(self, holding: Holding, length: int) -> Holding:

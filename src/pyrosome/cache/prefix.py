@@ -178,11 +178,10 @@ class PrefixTree:
             if block is None:
                 break
             data.append(block[1])
-        keep = frozenset(nodes)
         while data:
             start, stop = first * BLOCK_TOKENS, (first + len(data)) * BLOCK_TOKENS
             missing = self.pool.shortage(holding, start, stop, with_slot=False)
-            if not missing or self.make_room(missing, keep=keep):
+            if not missing or self.make_room(missing, dig=False):
                 break
             del data[len(data) // 2 :]
         if not data:
@@ -224,6 +223,7 @@ class PrefixTree:
         while node.parent is not None and node.pages is None and not node.is_forgotten:  # it has had to leave
             node = node.parent
         if node.is_forgotten:
+            cursor.node = node  # and stays there
             return
         for key in keys_of(ids, node.depth, most):
             child = node.children.get(key) or self._new(node, key)
@@ -248,19 +248,21 @@ class PrefixTree:
         if node.is_forgotten or not node.is_linked or not self._is_there(node):
             return False
         self._shelf.put(node, snapshot, pinned=pinned)
+        if node.snapshot is None:
+            return False
         self._shelf.thin(node)
-        return node.snapshot is not None
+        return True
 
     # Making room
 
-    def make_room(self, missing: Shortage, *, keep: Collection[Node] = ()) -> bool:
+    def make_room(self, missing: Shortage, *, dig: bool = True) -> bool:
         """Let go of blocks until the pool has what is missing: leaves first, the least worth per byte first.
 
         Blocks whose pages somebody runs on are passed over, since that frees nothing; unless they stand on others
         where it would, and nothing else is left.  Whether all that is missing is there now; slots never are.
 
         Args:
-            keep: blocks that must stay.
+            dig: take those it frees nothing to take as well, to reach others.
         """
         wanted = {r: self.pool.num_free_pages(r) + n for r, n in missing.pages.items() if n > 0}
         passed: list[tuple[float, int, Node]] = []
@@ -269,15 +271,14 @@ class PrefixTree:
             node = entry[2]
             if not _is_current(entry):
                 continue
-            if node in keep or not self._frees(node, short):
+            if not self._frees(node, short):
                 passed.append(entry)
                 continue
-            self._clock = max(self._clock, entry[0])
             self._evict(node, short[0])
         for entry in passed:
             heapq.heappush(self._heap, entry)
-        if self._short(wanted):
-            self._dig(wanted, keep)
+        if dig and self._short(wanted):
+            self._dig(wanted)
         return missing.slots == 0 and not self._short(wanted)
 
     def _short(self, wanted: dict[int, int]) -> list[int]:
@@ -292,14 +293,14 @@ class PrefixTree:
             self.pool.num_holders(r, node.pages[r]) == self._held[r, node.pages[r]] for r in short if r in node.pages
         )
 
-    def _dig(self, wanted: dict[int, int], keep: Collection[Node]) -> None:
+    def _dig(self, wanted: dict[int, int]) -> None:
         """Evict leaves that free nothing to reach blocks under them that do."""
         helps: dict[Node, bool] = {}
         stack, leaves, short = list(self._roots.values()), [], self._short(wanted)
         while stack:
             node = stack.pop()
             if node.parent is not None:
-                helps[node] = node not in keep and (helps.get(node.parent, False) or self._frees(node, short))
+                helps[node] = helps.get(node.parent, False) or self._frees(node, short)
                 if node.num_resident == 0 and helps[node]:
                     leaves.append(node)
             stack += [c for c in node.children.values() if c.pages is not None]
@@ -312,6 +313,7 @@ class PrefixTree:
 
     def _evict(self, node: Node, short_of: int) -> None:
         assert node.pages is not None and node.parent is not None
+        self._clock = max(self._clock, node.worth)
         self._store(node)
         self._shelf.drop(node)
         self._release(node)

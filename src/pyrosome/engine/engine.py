@@ -124,7 +124,9 @@ class Engine:
                 before + len(request.ids), self.max_context,
                 "shorten the prompt, or give the engine a larger max_context or more cache_bytes",
             )  # fmt: skip
-        guide = self.grammars.compile(request.constraint, request.think_end, request.params)
+        guide = self.grammars.compile(
+            request.constraint, request.think_end, request.params, request.ids, request.never_empty or None
+        )
         track = session.begin(request) if session else self.home.new_track(list(request.ids), request.salt)
         self.completions.append(self._completion(request, 0, track, guide))
         self.stats.requests += 1
@@ -145,7 +147,8 @@ class Engine:
 
     def abort(self, request_id: str) -> None:
         """End a request before the next step; one that is not there is no error: it may just have ended."""
-        self._aborted.add(request_id)
+        if any(c.request.id == request_id for c in self.completions):  # else it would hit the next of that name
+            self._aborted.add(request_id)
 
     def call(self, name: str, /, **arguments: Any) -> Any:
         """Session operations by name, plain data in and out: `session_open`, `session_fork`, ...

@@ -22,6 +22,7 @@ class Request:
     stable: int | None = None  # how many of `ids` the next turn will begin with; None: all
     think_end: int | None = None  # the id that closes reasoning, where the prompt leaves reasoning open
     constraint: Constraint | None = None
+    never_empty: bool = False  # the answer may not end by itself before it has said something
     session: str = ""  # the session that is continued; "": none
 
 

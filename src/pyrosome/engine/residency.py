@@ -36,14 +36,19 @@ class Residency:
         """A track of which nothing is computed yet."""
         return Track(ids, self.tree.cursor(salt), salt)
 
-    def make_room(self, track: Track, stop: int, set_aside: Callable[[], bool]) -> bool:
-        """Make positions up to `stop` of a track in the cache writable, others making way; whether it could be done."""
+    def make_room(self, track: Track, stop: int, set_aside: Callable[[], bool], *, start: int | None = None) -> bool:
+        """Make positions up to `stop` of a track in the cache writable, others making way; whether it could be done.
+
+        Args:
+            start: what is before it is only read; None: all that is computed.
+        """
         sequence = track.sequence
         assert sequence is not None
-        while missing := self.pool.shortage(sequence.holding, sequence.length, stop):
+        start = sequence.length if start is None else start
+        while missing := self.pool.shortage(sequence.holding, start, stop):
             if (missing.slots or not self.tree.make_room(missing)) and not set_aside():
                 return False
-        self.pool.prepare(sequence.holding, sequence.length, stop)
+        self.pool.prepare(sequence.holding, start, stop)
         return True
 
     def bring_in(self, track: Track, set_aside: Callable[[], bool]) -> Reuse | None:
@@ -59,7 +64,8 @@ class Residency:
         holding, match = self.tree.adopt(self.tree.match(track.ids, track.salt, goal))
         track.sequence, track.cursor = Sequence(holding), self.tree.cursor(track.salt, match)
         is_whole = parked is not None and match.length == goal
-        if not self.make_room(track, parked.length if parked and is_whole else match.length, set_aside):
+        stop = parked.length if parked and is_whole else match.length
+        if not self.make_room(track, stop, set_aside, start=match.length):
             self.drop(track)
             return None
         track.parked = None

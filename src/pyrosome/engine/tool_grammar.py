@@ -41,9 +41,10 @@ def tool_grammar(
     """
     functions = _functions(tools)
     g = _Grammar(dsml, fault)
-    calls = g.rule(" | ".join(g.call(i, f) for i, f in enumerate(functions)))
-    more = f'("\\n" {calls})*' if parallel else ""
-    start = f'start: {_OPENINGS[opening].format(token=g.token)} {calls} {more} "\\n</" {g.token} "tool_calls>"'
+    call = g.rule(" | ".join(g.call(i, f) for i, f in enumerate(functions)))
+    # The line's end belongs to the call: as the beginning of the closing tag it would be taken for that alone.
+    start = f"start: {_OPENINGS[opening].format(token=g.token)} {call}{'+' if parallel else ''} "
+    start += f'"</" {g.token} "tool_calls>"'
     return "%llguidance {}\n" + "\n".join([start, *(f"{name}: {body}" for body, name in g.rules.items())]) + "\n"
 
 
@@ -66,7 +67,7 @@ class _Grammar:
             raise RequestError(f"the parameters of tool {name!r} are {schema!r}; a JSON Schema object was expected")
         bodies = [self._body(name, shape, schema) for shape in _shapes(schema, schema)]
         tag = _literal(f'invoke name="{_in_tag(name)}">\n')
-        return self.rule(f'"<" {self.token} {tag} ({" | ".join(dict.fromkeys(bodies))}) "</" {self.token} "invoke>"')
+        return self.rule(f'"<" {self.token} {tag} ({" | ".join(dict.fromkeys(bodies))}) "</" {self.token} "invoke>\\n"')
 
     def _body(self, tool: str, shape: dict[str, Any], root: dict[str, Any]) -> str:
         declared, required = shape["properties"], shape["required"]
@@ -265,8 +266,9 @@ def _functions(tools: str) -> list[dict[str, Any]]:
         found = json.loads(tools)
     except ValueError as error:
         raise RequestError(f"the tools are not JSON: {error}") from None
-    functions = [t.get("function", t) if isinstance(t, dict) else t for t in found] if isinstance(found, list) else [0]
-    if not all(isinstance(f, dict) for f in functions):
+    given = found if isinstance(found, list) else [found]
+    functions: list[Any] = [t.get("function", t) if isinstance(t, dict) else t for t in given]
+    if given is not found or not all(isinstance(f, dict) for f in functions):
         raise RequestError("the tools are no list of objects; give them as chat completions have them")
     if not functions:
         raise RequestError("tool calls were asked for and no tool was given; declare one")

@@ -317,7 +317,8 @@ class Waiting:
                 deliver(batch)
             except Exception as error:  # a loop that was closed under its tasks
                 log.warning("events of request %s could not be delivered (%s)", request_id, error)
-                unwanted.append(request_id)
+                if self._requests.pop(request_id, None):  # else it has ended
+                    unwanted.append(request_id)
         return unwanted
 
     def end_all(self, reason: str) -> None:
