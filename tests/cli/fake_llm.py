@@ -9,6 +9,7 @@ It answers at once and by rule, and needs no torch, so that a terminal session t
     length           an answer that was cut
     fail             a RequestError instead of an answer
     messages         the conversation as the model sees it, as JSON; `params` the sampling it was given
+    options          those of the engine, as JSON (as a prompt too); at its end a line says that it was closed
     anything else    "You said: ..."
 """
 
@@ -28,7 +29,8 @@ CONTEXT = 1000
 
 
 class FakeLLM:
-    def __init__(self, path, numerics="trained", kv_format=None, *, progress=None):
+    def __init__(self, path, numerics="trained", kv_format=None, *, options, progress=None):
+        self.options, self.was_asked = dataclasses.asdict(options), False
         if not str(path).startswith("builtin:"):
             raise CheckpointError(f"{path} does not exist; give the directory of a checkpoint")
         if "long-load" in str(path):
@@ -40,6 +42,13 @@ class FakeLLM:
         self.model = SimpleNamespace(config=config, numerics=numerics, kv_format=kv_format or "fp8")
         self.tokenizer = SimpleNamespace(encode=str.split)
         self.chat_template = SimpleNamespace(conversation=self._prompt)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self.was_asked:
+            sys.stderr.write("closed\n")
 
     @staticmethod
     def _prompt(messages, thinking):
@@ -56,7 +65,8 @@ class FakeLLM:
         return {"per_token": 2.5, "sequence": 100 + 10 * context}
 
     def stream(self, prompt, params=None):
-        for number, word in enumerate(_words(prompt)):
+        self.was_asked = prompt == "options"
+        for number, word in enumerate([json.dumps(self.options)] if self.was_asked else _words(prompt)):
             yield SimpleNamespace(text=word, token_ids=[number], finish_reason=None)
         yield SimpleNamespace(text="", token_ids=[1], finish_reason="stop")
 
@@ -74,7 +84,9 @@ class FakeLLM:
             for word in ("thought ", f"{thinking} ", "hard"):
                 reasoning += word
                 yield ReasoningDelta(word)
+        self.was_asked = said == "options"
         known = {"messages": messages, "params": dataclasses.asdict(params) if params else None}
+        known["options"] = self.options
         for word in [json.dumps(known[said])] if said in known else _words(said):
             content += word
             yield ContentDelta(word)

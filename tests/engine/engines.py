@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
+from pyrosome.cache.streams import cache_tokens_in
 from pyrosome.engine.engine import Engine
 from pyrosome.engine.request import Ended, Request, TokenEvent
+from pyrosome.engine.speculate import Depth
 from pyrosome.options import EngineOptions, SamplingParams
 from pyrosome.testing.shapes import tiny
 from tests.networks import network, tokens
@@ -21,6 +23,24 @@ def engine_of(net=None, kv_format: str = "f32", **options) -> Engine:
     )
     engine.runner.pool.poison()
     return engine
+
+
+class Eager(Depth):
+    """Drafts as many as it may, whatever became of them."""
+
+    def choose(self) -> int:
+        return self.most
+
+
+def bytes_for(config, tokens: int, max_sequences: int, kv_format: str = "f32") -> int:
+    """The least `cache_bytes` whose cache holds so many tokens."""
+    low, high = 0, 1 << 32
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (
+            (low, middle) if cache_tokens_in(config, kv_format, middle, max_sequences) >= tokens else (middle, high)
+        )
+    return high
 
 
 def watched(engine: Engine) -> list[list[tuple[int, int]]]:

@@ -10,7 +10,7 @@ import torch
 from pyrosome.engine.drafting import Drafter
 from pyrosome.engine.speculate import Depth, StepCost
 from pyrosome.options import Constraint
-from tests.engine.engines import drain, engine_of, is_empty, request, run, take
+from tests.engine.engines import Eager, drain, engine_of, is_empty, request, run, take
 from tests.networks import agreeing_network
 
 NET = {name: lambda name=name: agreeing_network((0, 4, 128), name) for name in ("exact", "trained")}
@@ -26,13 +26,6 @@ REQUESTS = [
 
 def answers(said):
     return {key: s.answer for key, s in said.items()}
-
-
-class Eager(Depth):
-    """Drafts as many as it may, whatever became of them."""
-
-    def choose(self) -> int:
-        return self.most
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +148,7 @@ def test_a_head_that_failed_half_way_drafts_again(plain, monkeypatch):
 
     monkeypatch.setattr(stage, "streams", fails)
     assert answers(run(engine, REQUESTS)) == plain["exact"]
-    assert engine.stats.accepted[0] > 20
+    assert engine.stats.accepted[0] > 10
 
 
 def test_completions_of_one_prompt_draft_each_for_itself(plain):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import random
 
@@ -178,9 +179,9 @@ def test_the_end_of_sequence_ends_with_itself_unless_it_is_ignored(free):
     said, at = free
 
     def with_eos():
-        engine = engine_of()
-        engine.config = dataclasses.replace(engine.config, eos_token_id=said[at])
-        return engine
+        net = copy.copy(network(CONFIG))
+        net.config = dataclasses.replace(CONFIG, eos_token_id=said[at])
+        return engine_of(net)
 
     assert ends(with_eos(), ignore_eos=False) == (said[: at + 1], "stop")
     assert ends(with_eos()) == (said, "length")

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
+import errno
 import os
 import struct
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Annotated, Any, BinaryIO
 
+import msgspec
 import numpy as np
 import torch
 import xxhash
@@ -35,6 +36,52 @@ _PREAMBLE = struct.Struct("<16sIIQ16s")  # magic, version, byte order, bytes of 
 ALIGNMENT = 4096
 CHUNK_BYTES = 32 << 20  # of blocks read, checked and written at once
 _AGAIN = "save it again, or compute the session anew from its text"
+_Count = Annotated[int, msgspec.Meta(ge=0)]
+
+
+class _State(msgspec.Struct, forbid_unknown_fields=True):
+    """The state's part of the header."""
+
+    length: _Count  # tokens whose rows are in the file
+    draft_from: _Count
+    bytes: _Count
+
+
+class _Sums(msgspec.Struct, forbid_unknown_fields=True):
+    """XXH3-128 of each section, in hexadecimal digits; of the blocks, of each chunk."""
+
+    ids: str
+    snapshot: str
+    chunks: list[str]
+
+
+class _Header(msgspec.Struct, forbid_unknown_fields=True):
+    """What a file says of itself."""
+
+    fingerprint: str
+    kv_format: str
+    drafts: bool
+    block_bytes: _Count
+    num_ids: _Count
+    num_blocks: _Count
+    blocks_per_chunk: Annotated[int, msgspec.Meta(ge=1)]
+    snapshot: _State
+    xxh3: _Sums
+    extra: dict[str, Any] = {}
+
+    @property
+    def chunk_starts(self) -> range:
+        """The first block of each chunk."""
+        return range(0, self.num_blocks if self.block_bytes else 0, self.blocks_per_chunk)
+
+    @property
+    def fits_itself(self) -> bool:
+        """Whether its counts can be those of one session."""
+        return (
+            self.num_ids >= self.snapshot.length
+            and self.num_blocks == self.snapshot.length // BLOCK_TOKENS
+            and len(self.xxh3.chunks) == len(self.chunk_starts)
+        )
 
 
 def save_session(
@@ -59,17 +106,16 @@ def save_session(
         CheckpointError: the folder cannot be written to.
     """
     path = Path(path)
-    num_blocks, size = snapshot.length // BLOCK_TOKENS, block_bytes(pool)
-    per_chunk = max(1, CHUNK_BYTES // max(1, size))
-    chunks = [(at, min(at + per_chunk, num_blocks)) for at in range(0, num_blocks, per_chunk)] if size else []
-    packed = np.asarray(ids, dtype=np.int32)
-    about: dict[str, Any] = {
-        "fingerprint": fingerprint, "kv_format": pool.kv_format, "drafts": pool.has_drafts, "block_bytes": size,
-        "num_ids": len(packed), "num_blocks": num_blocks, "blocks_per_chunk": per_chunk,
-        "snapshot": {"length": snapshot.length, "draft_from": snapshot.draft_from, "bytes": snapshot.num_bytes},
-        "extra": extra or {}, "xxh3": {"ids": _sum(packed), "snapshot": _sum(snapshot.data.numpy()),
-                                       "chunks": ["0" * 32] * len(chunks)},
-    }  # fmt: skip
+    packed, state = np.asarray(ids, dtype="<i4").tobytes(), _bytes_of(snapshot.data)
+    size = block_bytes(pool)
+    about = _Header(
+        fingerprint, pool.kv_format, pool.has_drafts, size, len(ids), snapshot.length // BLOCK_TOKENS,
+        max(1, CHUNK_BYTES // max(1, size)), _State(snapshot.length, snapshot.draft_from, snapshot.num_bytes),
+        _Sums(_sum(packed), _sum(state), []), extra or {},
+    )  # fmt: skip
+    starts = about.chunk_starts
+    chunks = [(at, min(at + starts.step, about.num_blocks)) for at in starts]
+    about.xxh3.chunks = ["0" * 32] * len(chunks)  # the header's length is known before they are
     sections = _sections(about, len(_header(about)))
     total = sections["end"]
     try:
@@ -80,9 +126,9 @@ def save_session(
         with os.fdopen(handle, "wb", buffering=0) as f:
             with contextlib.suppress(OSError, AttributeError):  # not every file system can; the write then finds out
                 os.posix_fallocate(f.fileno(), 0, total)
-            _write_at(f, sections["ids"], _bytes_of(torch.from_numpy(packed)))
-            _write_at(f, sections["snapshot"], _bytes_of(snapshot.data))
-            about["xxh3"]["chunks"] = list(_write_chunks(f, sections["blocks"], pool, pages, chunks, size))
+            _write_at(f, sections["ids"], memoryview(packed))
+            _write_at(f, sections["snapshot"], state)
+            about.xxh3.chunks = list(_write_chunks(f, sections["blocks"], pool, pages, chunks, size))
             _write_at(f, 0, memoryview(_header(about)))
             os.ftruncate(f.fileno(), total)
             os.fsync(f.fileno())
@@ -102,12 +148,12 @@ class SavedSession:
 
     path: Path
     ids: list[int]
-    about: dict[str, Any]
+    about: _Header
 
     @property
     def length(self) -> int:
         """Tokens whose rows are in it."""
-        return int(self.about["snapshot"]["length"])
+        return self.about.snapshot.length
 
     def load(self, pool: CachePool, holding: Holding) -> Snapshot:
         """Bring the history into an empty holding's pages; returns the state to be put after it.
@@ -116,8 +162,8 @@ class SavedSession:
             CheckpointError: the file is damaged, or of a shape this cache has not.  Release the holding then.
             DoesNotFit: no page is free.
         """
-        about, snapshot = self.about, self.about["snapshot"]
-        found = (about["kv_format"], about["drafts"], about["block_bytes"], snapshot["bytes"])
+        about, snapshot, sums = self.about, self.about.snapshot, self.about.xxh3
+        found = (about.kv_format, about.drafts, about.block_bytes, snapshot.bytes)
         expected = (pool.kv_format, pool.has_drafts, block_bytes(pool), snapshot_bytes(pool, self.length))
         if found != expected:
             raise UnsupportedFormat(
@@ -126,16 +172,14 @@ class SavedSession:
             )
         pool.prepare(holding, 0, self.length, with_slot=False)
         sections = _sections(about, len(_header(about)))
-        per_chunk, size = about["blocks_per_chunk"], about["block_bytes"]
-        sums = about["xxh3"]["chunks"]
+        starts, size = about.chunk_starts, about.block_bytes
         with open(self.path, "rb", buffering=0) as f, ThreadPoolExecutor(1) as reader:
-            state = _read(f, self.path, sections["snapshot"], snapshot["bytes"], about["xxh3"]["snapshot"], "state")
-            starts = list(range(0, about["num_blocks"] if size else 0, per_chunk))
+            state = _read(f, self.path, sections["snapshot"], snapshot.bytes, sums.snapshot, "the state")
 
             def chunk(i: int) -> Tensor:
-                count = min(per_chunk, about["num_blocks"] - starts[i])
-                what = f"blocks {starts[i]} to {starts[i] + count}"
-                return _read(f, self.path, sections["blocks"] + starts[i] * size, count * size, sums[i], what)
+                last = min(starts[i] + starts.step, about.num_blocks)
+                what, at = f"blocks {starts[i]} to {last}", sections["blocks"] + starts[i] * size
+                return _read(f, self.path, at, (last - starts[i]) * size, sums.chunks[i], what)
 
             ahead: Future[Tensor] | None = reader.submit(chunk, 0) if starts else None
             for i, start in enumerate(starts):
@@ -143,7 +187,7 @@ class SavedSession:
                 data = ahead.result()
                 ahead = reader.submit(chunk, i + 1) if i + 1 < len(starts) else None
                 write_blocks(pool, holding.pages, start, data.view(-1, size))
-        return Snapshot(self.length, int(snapshot["draft_from"]), state)
+        return Snapshot(self.length, snapshot.draft_from, state)
 
 
 def open_session(path: str | Path, *, fingerprint: str) -> SavedSession:
@@ -158,27 +202,27 @@ def open_session(path: str | Path, *, fingerprint: str) -> SavedSession:
     try:
         with open(path, "rb", buffering=0) as f:
             about = _read_header(f, path)
-            if about["fingerprint"] != fingerprint:
+            if about.fingerprint != fingerprint:
                 raise CheckpointError(
                     f"{path} was saved with another model, numerics or kv_format (fingerprint "
-                    f"{about['fingerprint'][:16]}, here {fingerprint[:16]}); open it with the one it was saved with"
+                    f"{about.fingerprint[:16]}, here {fingerprint[:16]}); open it with the one it was saved with"
                 )
             sections = _sections(about, len(_header(about)))
             found = os.fstat(f.fileno()).st_size
             if found < sections["end"]:
                 raise TruncatedFile(f"{path} has {found} bytes and its header promises {sections['end']}; {_AGAIN}")
-            ids = _read(f, path, sections["ids"], 4 * about["num_ids"], about["xxh3"]["ids"], "the tokens")
+            ids = _read(f, path, sections["ids"], 4 * about.num_ids, about.xxh3.ids, "the tokens")
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from None
+        raise CheckpointError(f"{path} cannot be read: {error}; give a file that Session.save wrote") from None
     return SavedSession(path, ids.view(torch.int32).tolist(), about)
 
 
-def _header(about: dict[str, Any]) -> bytes:
-    body = json.dumps(about, sort_keys=True).encode()
+def _header(about: _Header) -> bytes:
+    body = msgspec.json.encode(about)
     return _PREAMBLE.pack(MAGIC, VERSION, _LITTLE_ENDIAN, len(body), xxhash.xxh3_128_digest(body)) + body
 
 
-def _read_header(f: BinaryIO, path: Path) -> dict[str, Any]:
+def _read_header(f: BinaryIO, path: Path) -> _Header:
     raw = f.read(_PREAMBLE.size)
     if len(raw) < _PREAMBLE.size or not raw.startswith(MAGIC):
         raise UnsupportedFormat(f"{path} is no saved session; give a file that Session.save wrote")
@@ -188,23 +232,26 @@ def _read_header(f: BinaryIO, path: Path) -> dict[str, Any]:
     if length > os.fstat(f.fileno()).st_size:
         raise TruncatedFile(f"{path} ends within its header of {length} bytes; {_AGAIN}")
     body = f.read(length)
-    if xxhash.xxh3_128_digest(body) != checksum:
+    try:
+        about = msgspec.json.decode(body, type=_Header) if xxhash.xxh3_128_digest(body) == checksum else None
+    except msgspec.DecodeError:
+        about = None
+    if about is None or not about.fits_itself:
         raise CheckpointError(f"the header of {path} is damaged; {_AGAIN}")
-    about: dict[str, Any] = json.loads(body)
     return about
 
 
-def _sections(about: dict[str, Any], header_bytes: int) -> dict[str, int]:
+def _sections(about: _Header, header_bytes: int) -> dict[str, int]:
     """Where each section begins, in bytes; each on a multiple of 4,096."""
 
     def aligned(at: int) -> int:
         return -(-at // ALIGNMENT) * ALIGNMENT
 
     ids = aligned(header_bytes)
-    snapshot = aligned(ids + 4 * about["num_ids"])
-    blocks = aligned(snapshot + about["snapshot"]["bytes"])
+    snapshot = aligned(ids + 4 * about.num_ids)
+    blocks = aligned(snapshot + about.snapshot.bytes)
     return {"ids": ids, "snapshot": snapshot, "blocks": blocks,
-            "end": blocks + about["num_blocks"] * about["block_bytes"]}  # fmt: skip
+            "end": blocks + about.num_blocks * about.block_bytes}  # fmt: skip
 
 
 def _write_chunks(
@@ -257,13 +304,11 @@ def _sum(data: Any) -> str:
 
 
 def _refused(path: Path, needed: int, error: OSError) -> DoesNotFit | CheckpointError:
-    try:
-        free = os.statvfs(path.parent)
-        available = free.f_bavail * free.f_frsize
-    except OSError:
-        available = 0
-    if available < needed or error.errno in (28, 122, 27):  # ENOSPC, EDQUOT, EFBIG
-        return DoesNotFit(f"the session file {path}", needed, available, "the disk", "free some, or save elsewhere")
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        with contextlib.suppress(OSError):
+            free = os.statvfs(path.parent)
+            available = free.f_bavail * free.f_frsize
+            return DoesNotFit(f"the session file {path}", needed, available, "the disk", "free some, or save elsewhere")
     return CheckpointError(f"{path} could not be written: {error}; an older file of that name is as it was")
 
 

@@ -6,6 +6,7 @@ input is one message and nothing in it is a command: a file can be asked about w
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import sys
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 import typer
 
 from pyrosome.cli.conversation import Conversation
+from pyrosome.cli.engine_flags import CACHE_GIB, CacheGiB, Drafter, LogEvery, TracePath, engine_options
 from pyrosome.cli.first_contact import BUILTIN, MODEL_HELP, official_note
 from pyrosome.cli.history import remembered, typed
 from pyrosome.cli.terminal import INTERRUPTED, Screen, Stop, decoded, loading, size
@@ -42,6 +44,10 @@ def chat(
     seed: Annotated[int | None, typer.Option(help="Same seed, same tokens.")] = None,
     numerics: Annotated[str, typer.Option(help="trained or exact.")] = "trained",
     kv_format: Annotated[str | None, typer.Option(help="Stored cache rows: f32, bf16 or fp8.")] = None,
+    cache_gib: CacheGiB = CACHE_GIB,
+    drafter: Drafter = "auto",
+    log_every: LogEvery = 0,
+    trace: TracePath = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line for each answer.")] = False,
 ) -> None:
     """Talk with a model; /help lists what can be typed.
@@ -54,6 +60,7 @@ def chat(
         asked["max_tokens"] = NOISE_TOKENS
     given = {k: v for k, v in asked.items() if v is not None}
     SamplingParams(**given)  # type: ignore[arg-type]  # what is out of range is refused before the load
+    options = engine_options(cache_gib, drafter, log_every, trace)
     screen = Screen()
     interactive = sys.stdin.isatty()
     question = "" if interactive else decoded(sys.stdin.buffer.read(), "standard input").rstrip("\n")
@@ -62,21 +69,23 @@ def chat(
     from pyrosome.llm import LLM  # torch is loaded only now: `--help` stays quick
 
     with loading(screen) as progress:
-        llm = LLM(model or BUILTIN, numerics=numerics, kv_format=kv_format, progress=progress)
-    session = Session(llm, model or BUILTIN, screen, mode, given, as_json)
-    if not interactive:
-        session.turn(question)
-        if session.interrupted:
-            raise typer.Exit(INTERRUPTED)
-        return
-    if model is None:
-        screen.notice(official_note("chat /path/to/DeepSeek-V4-Flash"))
+        llm = LLM(model or BUILTIN, numerics=numerics, kv_format=kv_format, options=options, progress=progress)
+    with llm:  # its end writes the trace
+        session = Session(llm, model or BUILTIN, screen, mode, given, as_json)
+        if interactive:
+            if model is None:
+                screen.notice(official_note("chat /path/to/DeepSeek-V4-Flash"))
+            _converse(session)
+        else:
+            session.turn(question)
+    if session.interrupted and not interactive:
+        raise typer.Exit(INTERRUPTED)
+
+
+def _converse(session: Session) -> None:
     session.greet()
-    if screen.out_is_terminal:
-        with remembered():
-            session.talk(typed(screen))
-    else:
-        session.talk(typed(screen))
+    with remembered() if session.screen.out_is_terminal else contextlib.nullcontext():
+        session.talk(typed(session.screen))
 
 
 def _mode(name: str) -> Thinking:

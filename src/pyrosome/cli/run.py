@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from pyrosome.cli.engine_flags import CACHE_GIB, CacheGiB, Drafter, LogEvery, TracePath, engine_options
 from pyrosome.cli.first_contact import BUILTIN, MODEL_HELP, official_note
 from pyrosome.cli.terminal import INTERRUPTED, Screen, Stop, decoded, loading
 from pyrosome.errors import RequestError
@@ -27,6 +28,10 @@ def run(
     seed: Annotated[int | None, typer.Option(help="Same seed, same tokens.")] = None,
     numerics: Annotated[str, typer.Option(help="trained or exact.")] = "trained",
     kv_format: Annotated[str | None, typer.Option(help="Stored cache rows: f32, bf16 or fp8.")] = None,
+    cache_gib: CacheGiB = CACHE_GIB,
+    drafter: Drafter = "auto",
+    log_every: LogEvery = 0,
+    trace: TracePath = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of text.")] = False,
 ) -> None:
     """Continue a prompt and print what it took.
@@ -34,6 +39,7 @@ def run(
     The text goes to standard output, all else to standard error.  Ctrl-C ends the text with what there is.
     """
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    options = engine_options(cache_gib, drafter, log_every, trace)
     screen = Screen()
     text = _standard_input(screen) if prompt == "-" else prompt
     if not text:
@@ -42,18 +48,19 @@ def run(
 
     started = time.perf_counter()
     with loading(screen) as progress:
-        llm = LLM(model or BUILTIN, numerics=numerics, kv_format=kv_format, progress=progress)
-    report: dict[str, Any] = {
-        "model": model or BUILTIN,
-        "numerics": llm.model.numerics,
-        "kv_format": llm.model.kv_format,
-    }
-    report["load_s"] = round(time.perf_counter() - started, 3)
-    report |= _generate(llm, text, params, None if as_json else screen)
-    if as_json:
-        typer.echo(json.dumps(report, ensure_ascii=False))
-    else:
-        screen.notice(_summary(report))
+        llm = LLM(model or BUILTIN, numerics=numerics, kv_format=kv_format, options=options, progress=progress)
+    with llm:  # its end writes the trace
+        report: dict[str, Any] = {
+            "model": model or BUILTIN,
+            "numerics": llm.model.numerics,
+            "kv_format": llm.model.kv_format,
+        }
+        report["load_s"] = round(time.perf_counter() - started, 3)
+        report |= _generate(llm, text, params, None if as_json else screen)
+        if as_json:
+            typer.echo(json.dumps(report, ensure_ascii=False))
+        else:
+            screen.notice(_summary(report))
     if model is None and not as_json:
         screen.notice("\n" + official_note('run /path/to/DeepSeek-V4-Flash -p "Hello"'))
     if report["finish_reason"] == "interrupted":

@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 
 CLOSE_S = 30.0  # what a process may take to write its trace; then it is killed
 LOOK_MS = 1000  # between two looks at whether a process lives whose end was not heard
+MOST = 64  # commands between two steps, and reports between two looks for commands: neither may hold the other up
 
 
 class AsyncEngine:
@@ -53,10 +54,10 @@ class AsyncEngine:
 
         Cancelling the task that iterates, or closing or dropping the stream, aborts the request.
         """
-        loop = asyncio.get_running_loop()
-        if self._post is None or self._post.loop is not loop:
-            self._post = _Post(loop)
-        return AsyncEventStream(self._driver, request, self._post)
+        loop, post = asyncio.get_running_loop(), self._post
+        if post is None or post.loop is not loop:
+            post = self._post = _Post(loop)
+        return AsyncEventStream(self._driver, request, post)
 
     async def call(self, name: str, /, **arguments: Any) -> Any:
         """An operation's result.
@@ -90,7 +91,7 @@ class AsyncEventStream:
         # The driver knows the inbox alone, so that a stream nobody holds any more is collected.
         self._inbox = _Inbox()
         self._adding = driver.add(request, functools.partial(post.send, self._inbox))
-        self._is_accepted = False
+        self._adding.add_done_callback(functools.partial(post.wake, self._inbox))
 
     async def accepted(self) -> None:
         """Wait until the engine has taken the request; a server answers 200 only then.
@@ -99,14 +100,8 @@ class AsyncEventStream:
             RequestError: what is wrong with the request.
             EngineError: the engine has failed or was closed.
         """
-        if self._is_accepted:
-            return
-        try:
-            await asyncio.shield(asyncio.wrap_future(self._adding))
-        except BaseException:
-            self.close()
-            raise
-        self._is_accepted = True
+        await self._until(self._adding.done)
+        self._adding.result()
 
     def __aiter__(self) -> AsyncIterator[Event]:
         return self
@@ -115,12 +110,7 @@ class AsyncEventStream:
         if self._open <= 0:
             raise StopAsyncIteration
         await self.accepted()
-        if not self._inbox.events:
-            try:
-                await self._inbox.arrival()
-            except BaseException:
-                self.close()
-                raise
+        await self._until(lambda: bool(self._inbox.events))
         event = self._inbox.events.popleft()
         if isinstance(event, Ended):
             self._open -= 1
@@ -132,6 +122,14 @@ class AsyncEventStream:
             self._driver.end_unwanted(self._id, self._adding)
         self._open = 0
         self._inbox.events.clear()
+
+    async def _until(self, is_there: Callable[[], bool]) -> None:
+        try:
+            while not is_there():
+                await self._inbox.arrival()
+        except BaseException:  # the task was cancelled
+            self.close()
+            raise
 
     async def __aenter__(self) -> AsyncEventStream:
         return self
@@ -152,7 +150,7 @@ class _Inbox:
         self._waiter: asyncio.Future[None] | None = None
 
     async def arrival(self) -> None:
-        """Wait for events."""
+        """Wait for events, or for word that the request was taken or refused."""
         self._waiter = asyncio.get_running_loop().create_future()
         await self._waiter
 
@@ -171,10 +169,22 @@ class _Post:
         self._is_due = False
 
     def send(self, inbox: _Inbox, events: list[Event]) -> None:
+        """Events for an inbox.
+
+        Raises:
+            RuntimeError: the loop was closed; also where it was closed before it came to what is on its way.
+        """
+        if self.loop.is_closed():
+            raise RuntimeError("the event loop was closed")
         self._events.append((inbox, events))
         if not self._is_due:
             self._is_due = True
             self.loop.call_soon_threadsafe(self._arrive)
+
+    def wake(self, inbox: _Inbox, _: Future[None]) -> None:
+        """Have whoever waits at an inbox look again."""
+        with contextlib.suppress(RuntimeError):  # nobody waits there any more
+            self.send(inbox, [])
 
     def _arrive(self) -> None:
         self._is_due = False  # before the look: what comes after it wakes the loop again
@@ -320,7 +330,7 @@ class EngineProcess(Driver):
                 if command is None:
                     return True
                 command.run(child)
-            for report in child.receive():
+            for report in itertools.islice(child.receive(), MOST):
                 self._take(child, report)
             if child.has_ended():
                 for report in child.receive(wire.LATE_MS):
@@ -332,11 +342,15 @@ class EngineProcess(Driver):
             for request_id in self._waiting.deliver(wire.events_of(report)):
                 child.send(wire.encode(wire.Abort(request_id)))
         elif isinstance(report, wire.Done):
-            result = wire.result_of(report)
             done, request, deliver = self._answered(report.number)
             if request and deliver:
                 self._waiting.add(request, deliver)
-            settle(done, result)
+            try:
+                result = wire.result_of(report)
+            except EngineError as error:  # the message could be read: nobody else is concerned
+                settle(done, error=error)
+            else:
+                settle(done, result)
         elif isinstance(report, wire.Failed):
             settle(self._answered(report.number).done, error=wire.error_of(report.failure))
         elif isinstance(report, wire.Ready):
@@ -394,7 +408,9 @@ def _answer(owner: wire.Owner, engine: EngineLike) -> None:
     events: list[Event] = []
     while True:
         wait = not engine.has_work
-        while (command := owner.receive(wait=wait)) is not None:
+        for _ in range(MOST):
+            if (command := owner.receive(wait=wait)) is None:
+                break
             wait = False
             if isinstance(command, wire.Close):
                 return

@@ -6,7 +6,6 @@ What is proposed never changes an answer, only how many steps it takes.
 from __future__ import annotations
 
 from collections.abc import Sequence as Items
-from typing import Protocol
 
 from pyrosome.engine.runner import Forward, Runner, Sequence
 from pyrosome.engine.sampler import draw_draft
@@ -17,41 +16,22 @@ from pyrosome.options import EngineOptions
 Served = tuple[Completion, int]  # and the position its span began at
 
 
-class Drafter(Protocol):
-    """Proposes the next ids of sequences after a step."""
+class Drafter:
+    """Proposes the next ids of sequences after a step; this one none."""
 
-    cost: StepCost
+    def __init__(self, max_drafts: int = 0) -> None:
+        self.max_drafts, self.cost = max_drafts, StepCost()
 
     def depth(self) -> Depth:
         """How deep to draft for a completion that begins."""
-        ...
+        return Depth(self.max_drafts, self.cost)
 
     def propose(self, served: Items[Served], forward: Forward) -> None:
         """Set `drafts` of the completions served by a step, the forward's own spans first and in its order."""
-        ...
 
 
-class NoDrafter:
-    """Drafts nothing."""
-
-    def __init__(self) -> None:
-        self.cost = StepCost()
-
-    def depth(self) -> Depth:
-        return Depth(0, self.cost)
-
-    def propose(self, served: Items[Served], forward: Forward) -> None:
-        pass
-
-
-class LookupDrafter:
+class LookupDrafter(Drafter):
     """What followed a sequence's last ids the last time they were there: documents quote themselves."""
-
-    def __init__(self, max_drafts: int, cost: StepCost) -> None:
-        self.max_drafts, self.cost = max_drafts, cost
-
-    def depth(self) -> Depth:
-        return Depth(self.max_drafts, self.cost)
 
     def propose(self, served: Items[Served], forward: Forward) -> None:
         for c, _ in served:
@@ -63,14 +43,12 @@ class LookupDrafter:
             c.drafts = c.track.lookup.propose(c.depth.choose())
 
 
-class HeadDrafter:
+class HeadDrafter(Drafter):
     """The checkpoint's MTP stage; deeper drafts feed its own streams back."""
 
-    def __init__(self, runner: Runner, max_drafts: int, cost: StepCost) -> None:
-        self.runner, self.max_drafts, self.cost = runner, max_drafts, cost
-
-    def depth(self) -> Depth:
-        return Depth(self.max_drafts, self.cost)
+    def __init__(self, runner: Runner, max_drafts: int) -> None:
+        super().__init__(max_drafts)
+        self.runner = runner
 
     def propose(self, served: Items[Served], forward: Forward) -> None:
         served = served[: len(forward.step.layout)]  # a twin drafts from its next step on
@@ -112,12 +90,9 @@ def drafter_for(options: EngineOptions, runner: Runner) -> Drafter:
         RequestError: this checkpoint does not have it; the message names the one it has.
     """
     kind = resolve_drafter(options.drafter, runner.has_drafts, runner.model.config.dspark is not None)
-    cost = StepCost()
     if kind == "off" or not options.max_drafts:
-        return NoDrafter()
-    if kind == "lookup":
-        return LookupDrafter(options.max_drafts, cost)
-    return HeadDrafter(runner, options.max_drafts, cost)
+        return Drafter()
+    return LookupDrafter(options.max_drafts) if kind == "lookup" else HeadDrafter(runner, options.max_drafts)
 
 
 def _goes_on(c: Completion) -> bool:

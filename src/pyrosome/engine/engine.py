@@ -6,38 +6,43 @@ choose tokens, check drafts, publish what was computed, draft.  A fault in one r
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
 import logging
 import random
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyrosome.cache.blocks import block_bytes
 from pyrosome.cache.prefix import PrefixTree
-from pyrosome.cache.streams import cache_tokens_in
+from pyrosome.cache.streams import BLOCK_TOKENS, cache_tokens_in
 from pyrosome.cache.tiers import Tiers
 from pyrosome.engine import sessions
 from pyrosome.engine.constrain import Grammars, Guide
+from pyrosome.engine.decoding import Decoding
 from pyrosome.engine.drafting import Drafter, drafter_for
-from pyrosome.engine.request import Ended, Event, Request, TokenEvent
+from pyrosome.engine.request import Ended, Event, Request
 from pyrosome.engine.residency import Residency
-from pyrosome.engine.runner import Forward, Runner, check_ids
-from pyrosome.engine.sampler import Choice, Row, SamplerState, choose_all
+from pyrosome.engine.runner import Forward, Runner, Sequence, check_ids
+from pyrosome.engine.sampler import SamplerState
 from pyrosome.engine.scheduler import plan_step
 from pyrosome.engine.stats import LogLine, Stats
 from pyrosome.engine.trace import Trace
-from pyrosome.engine.track import Completion, Track
+from pyrosome.engine.track import Completion, Span, Track
 from pyrosome.errors import ContextTooLong, DoesNotFit, EngineError, PyrosomeError, RequestError
 from pyrosome.model.build import Network
 from pyrosome.options import EngineOptions
 
 log = logging.getLogger(__name__)
+
+LOOK_BACK = 64  # ids of a session that a grammar may look at to see what is open
 
 
 class Engine:
@@ -64,10 +69,10 @@ class Engine:
         options = options or EngineOptions()
         self.options, self.config = options, network.config
         cache_tokens = cache_tokens_in(network.config, kv_format, options.cache_bytes, options.max_sequences)
-        if cache_tokens < 128:
+        if cache_tokens < BLOCK_TOKENS:
             raise DoesNotFit(
-                "a cache of one block of 128 tokens", options.cache_bytes + 1, options.cache_bytes, "cache_bytes",
-                "raise cache_bytes",
+                f"a cache of one block of {BLOCK_TOKENS} tokens", options.cache_bytes + 1, options.cache_bytes,
+                "cache_bytes", "raise cache_bytes",
             )  # fmt: skip
         most = min(network.config.max_position_embeddings, cache_tokens)
         self.max_context = min(options.max_context or most, most)
@@ -83,18 +88,20 @@ class Engine:
         tiers = None
         if options.host_bytes or options.disk_path:
             tiers = Tiers(
-                options.host_bytes, options.disk_path, options.disk_bytes, fingerprint, block_bytes(self.runner.pool)
-            )
+                options.host_bytes, options.disk_path, options.disk_bytes, fingerprint, block_bytes(self.runner.pool),
+                kv_format=kv_format,
+            )  # fmt: skip
         self.tree = PrefixTree(self.runner.pool, snapshot_bytes=options.snapshot_bytes, tiers=tiers)
         self.home = Residency(self.runner, self.tree, self.stats, options.step_tokens)
         self.grammars = Grammars(tokenizer_path, network.config.vocab_size, network.config.eos_token_id)
         self.drafter: Drafter = drafter_for(options, self.runner)
+        self.decoding = Decoding(network.config.eos_token_id, self.max_context, self.stats, self._end, self._fail)
         self.trace = Trace(options.trace_path) if options.trace_path else None
         self.sessions: dict[str, sessions.Session] = {}
         self.completions: list[Completion] = []  # in order of arrival
         self._order, self._turns = itertools.count(), itertools.count(1)
         self._aborted: set[str] = set()
-        self._step = 0
+        self._step = self._departures = 0
         self._log_line = LogLine()
         self._hits = 0
 
@@ -124,8 +131,9 @@ class Engine:
                 before + len(request.ids), self.max_context,
                 "shorten the prompt, or give the engine a larger max_context or more cache_bytes",
             )  # fmt: skip
+        prompt = [*(session.track.ids[-LOOK_BACK:] if session else ()), *request.ids]
         guide = self.grammars.compile(
-            request.constraint, request.think_end, request.params, request.ids, request.never_empty or None
+            request.constraint, request.think_end, request.params, prompt, request.never_empty or None
         )
         track = session.begin(request) if session else self.home.new_track(list(request.ids), request.salt)
         self.completions.append(self._completion(request, 0, track, guide))
@@ -139,7 +147,8 @@ class Engine:
             seed = request.params.seed if request.params.seed is not None else random.getrandbits(63)
         prompt = len(track.ids)
         sampler = SamplerState(request.params, track.ids[:prompt], seed, index)
-        boundary = (prompt if request.stable is None else prompt - len(request.ids) + request.stable) // 128 * 128
+        boundary = prompt if request.stable is None else prompt - len(request.ids) + request.stable
+        boundary = boundary // BLOCK_TOKENS * BLOCK_TOKENS
         return Completion(
             request, index, next(self._order), track, sampler, guide, seed, prompt, boundary, self.drafter.depth(),
             arrived=time.monotonic(),
@@ -156,15 +165,17 @@ class Engine:
         Raises:
             RequestError: there is no such operation, session or file.
         """
+        self._departures += 1  # it may have made room
         return sessions.call(self, name, arguments)
 
     def close(self) -> None:
-        """End everything; a trace is written out."""
+        """End everything; a trace is written out, and what is known to disk, where there is one."""
         for c in list(self.completions):
             self._end(c, "abort", [])
         for session in list(self.sessions.values()):
             self.home.drop(session.track)
         self.sessions.clear()
+        self.tree.store()
         if self.trace:
             self.trace.close()
 
@@ -173,28 +184,26 @@ class Engine:
     def step(self) -> list[Event]:
         """Compute one step; the events it gave, `Ended` last for each completion that ended."""
         events: list[Event] = []
+        began = time.monotonic()
         self._step += 1
         self._reap(events)
-        self._admit(events)
-        spans = self._plan(events)
+        with self._phase("admit"):
+            self._admit(events)
+        with self._phase("plan"):
+            spans = self._plan(events)
         if spans:
-            began = time.monotonic()
-            decodes = all(s.completion.is_decoding for s in spans)
+            num_tokens = sum(len(s.ids) for s in spans)
             self._run(spans, events)
-            seconds = time.monotonic() - began
-            self.stats.step_done(seconds)
-            if decodes:
-                self.drafter.cost.observe(sum(len(s.ids) for s in spans), seconds, len(spans))
+            ended = time.monotonic()
+            self.stats.step_done(ended - began)
             if self.trace:
-                about: dict[str, Any] = {
-                    "spans": len(spans),
-                    "tokens": sum(len(s.ids) for s in spans),
-                    "events": len(events),
-                }
-                self.trace.span("step", began, began + seconds, "", **about)
+                self.trace.span("step", began, ended, spans=len(spans), tokens=num_tokens, events=len(events))
         if self.options.log_every and self._step % self.options.log_every == 0:
             log.info("%s", self._log_line.take(self.current_stats()))
         return events
+
+    def _phase(self, name: str) -> contextlib.AbstractContextManager[None]:
+        return self.trace.phase(name) if self.trace else contextlib.nullcontext()
 
     def current_stats(self) -> Stats:
         """Counters, and gauges as they are now."""
@@ -220,13 +229,17 @@ class Engine:
     def _admit(self, events: list[Event]) -> None:
         """Bring into the cache who waits, best rank first, while there is room or somebody lower to set aside."""
         waiting = [c for c in self.completions if c.track.sequence is None]
+        lowest = min((c.rank[0] for c in self.completions if c.track.sequence is not None), default=None)
         for c in sorted(waiting, key=lambda c: c.rank, reverse=True):
+            if c.blocked_at == self._departures and lowest is not None and c.rank[0] <= lowest:
+                break  # nobody has left since: to be brought in and set aside again would be all that it got
             try:
                 reuse = self.home.bring_in(c.track, functools.partial(self._set_aside, c, is_waiting=True))
             except Exception as error:
                 self._fail(c, error, events)
                 continue
             if reuse is None:
+                c.blocked_at = self._departures
                 break  # those behind it wait too, or a small one would always pass a large one
             if not c.is_admitted:
                 c.is_admitted, c.reuse, c.admitted = True, reuse, time.monotonic()
@@ -250,12 +263,13 @@ class Engine:
             return False
         victim = min(lower, key=lambda c: c.rank)
         self.home.park(victim.track)
-        victim.drafts, victim.num_parks = [], victim.num_parks + 1
+        victim.drafts, victim.num_parks, victim.blocked_at = [], victim.num_parks + 1, self._departures
         return True
 
-    def park_idle(self) -> bool:
-        """Set the session aside that was idle longest; whether there was one."""
-        idle = [s.track for s in self.sessions.values() if not s.is_busy and s.track.sequence is not None]
+    def park_idle(self, but: Track | None = None) -> bool:
+        """Set the session aside that was idle longest, never the track `but`; whether there was one."""
+        tracks = [s.track for s in self.sessions.values() if not s.is_busy and s.track is not but]
+        idle = [t for t in tracks if t.sequence is not None]
         if idle:
             self.home.park(min(idle, key=lambda t: t.last_served))
         return bool(idle)
@@ -287,119 +301,90 @@ class Engine:
         return [s for s in spans if s.completion.track.sequence is not None]
 
     def _run(self, spans: list[Span], events: list[Event]) -> None:
-        sequences = [s.completion.track.sequence for s in spans]
+        """Compute spans, and make of that what follows: tokens, known blocks, drafts."""
         rows = [(1 + len(s.drafts)) if s.is_last else 0 for s in spans]
+        num_tokens, began = sum(len(s.ids) for s in spans), time.monotonic()
         try:
-            given = [(sequence, s.ids) for sequence, s in zip(sequences, spans, strict=True)]
-            logits, is_finite, forward = self.runner.forward(given, rows)  # type: ignore[arg-type]
+            given = [(_present(s.completion), s.ids) for s in spans]
+            with self._phase("forward"):
+                logits, is_finite, forward = self.runner.forward(given, rows)
         except Exception as error:
             self._isolate(spans, error, events)
             return
-        self.stats.computed_tokens += sum(len(s.ids) for s in spans)
+        self.stats.computed_tokens += num_tokens
         active: list[tuple[Completion, Span, Tensor]] = []
         for s, rows_RV, finite in zip(spans, logits, is_finite, strict=True):
-            c = s.completion
-            c.waited, c.turn, c.num_steps, c.is_suspect = 0, next(self._turns), c.num_steps + 1, False
-            c.track.last_served = self._step
-            if not finite:
-                self._fail(
-                    c, EngineError("the network gave values that are no numbers; send the request again"), events
-                )
-            elif s.is_last:
-                # What the drafts will turn out to be is not known yet: the sequence grows by those accepted.
-                c.track.sequence.length -= len(s.drafts)  # type: ignore[union-attr]
-                rows_RV = self._checked(c, rows_RV)
-                active += [(c, s, rows_RV), *((twin, s, rows_RV) for twin in self._twins(c))]
-        served = [(s.completion, s.start) for s in spans] + [
-            (c, s.start) for c, s, _ in active if c is not s.completion
-        ]
-        self._choose(active, events)
-        self._propose(served, forward)
-        for c, start in served:
-            if c.track.sequence is not None:
-                self.home.settle(c.track, start)
+            with self._guarded(s.completion, events):
+                active += self._computed(s, rows_RV, is_finite=finite)
+        served = [(s.completion, s.start) for s in spans]
+        served += [(c, s.start) for c, s, _ in active if c is not s.completion]
+        with self._phase("choose"):
+            self.decoding.choose(active, events)
+        if all(s.start >= s.completion.prompt_length for s in spans):
+            self.drafter.cost.observe(num_tokens, time.monotonic() - began, len(spans))
+        with self._phase("draft"):
+            self._propose(served, forward)
+        with self._phase("settle"):
+            for c, start in served:
+                if c.track.sequence is not None:
+                    with self._guarded(c, events):
+                        self.home.settle(c.track, start)
 
-    def _choose(self, active: list[tuple[Completion, Span, Tensor]], events: list[Event]) -> None:
-        """Choose tokens and check drafts: row after row, all completions together, while drafts agree."""
-        at = 0
-        while active:
-            rows: list[Row | Exception] = []
-            for c, _, rows_RV in active:
-                try:
-                    rows.append(Row(rows_RV[at], c.sampler, c.guide.mask(at), len(c.track.ids)))
-                except Exception as error:
-                    rows.append(error)
-            choices = iter(choose_all([r for r in rows if isinstance(r, Row)]))
-            agreed = []
-            for (c, s, rows_RV), row in zip(active, rows, strict=True):
-                choice = next(choices) if isinstance(row, Row) else row
-                if isinstance(choice, Exception):
-                    self._fail(c, choice, events)
-                    continue
-                agrees = at < len(s.drafts) and choice.token == s.drafts[at]
-                if agrees:
-                    c.track.sequence.length += 1  # type: ignore[union-attr]
-                try:
-                    goes_on = self._commit(c, choice, events)
-                    if goes_on and agrees:
-                        agreed.append((c, s, rows_RV))
-                    elif goes_on:
-                        self._jump(c, events)
-                except Exception as error:
-                    self._fail(c, error, events)
-                    continue
-                if s.drafts and (not agrees or not goes_on or at + 1 == len(s.drafts)):
-                    c.depth.observe(len(s.drafts), at + agrees)
-                    self.stats.drafts_checked(len(s.drafts), at + agrees)
-            active, at = agreed, at + 1
+    def _computed(self, s: Span, rows_RV: Tensor, *, is_finite: bool) -> list[tuple[Completion, Span, Tensor]]:
+        """Those that choose tokens after a span: its completion, and the others of its request where they begin.
 
-    def _commit(self, c: Completion, choice: Choice, events: list[Event]) -> bool:
-        """Take one token; whether the completion goes on."""
-        token, params = choice.token, c.request.params
-        if c.output_tokens == 0:
-            c.first_token = time.monotonic()
-        c.guide.accept(token)
-        c.sampler.accept(token)
-        c.track.append([token])
-        self.stats.output_tokens += 1
-        ends = token in params.stop_token_ids or (token == self.config.eos_token_id and not params.ignore_eos)
-        events.append(TokenEvent(c.request.id, c.index, token, choice.logprobs, ends))
-        if ends:
-            reason = "stop"
-        elif c.sampler.is_repeating:
-            reason = "repetition"
-        elif c.output_tokens >= params.max_tokens or len(c.track.ids) > self.max_context:
-            reason = "length"
-        else:
-            return True
-        self._end(c, reason, events)
-        return False
+        Raises:
+            EngineError: the network gave values that are no numbers.
+        """
+        c = s.completion
+        c.waited, c.turn, c.num_steps, c.is_suspect = 0, next(self._turns), c.num_steps + 1, False
+        c.track.last_served = self._step
+        if not is_finite:
+            raise EngineError("the network gave values that are no numbers; send the request again")
+        if not s.is_last:
+            return []
+        # What the drafts will turn out to be is not known yet: the sequence grows by those accepted.
+        _present(c).length -= len(s.drafts)
+        rows_RV = self._checked(c, rows_RV)
+        return [(c, s, rows_RV), *((twin, s, rows_RV) for twin in self._twins(c))]
 
-    def _jump(self, c: Completion, events: list[Event]) -> None:
-        """Take the tokens a grammar leaves no choice about; log-probabilities, where wanted, need their rows."""
-        if c.request.params.logprobs is None:
-            for token in c.guide.forced():
-                if not self._commit(c, Choice(token, {}), events):
-                    return
+    @contextlib.contextmanager
+    def _guarded(self, c: Completion, events: list[Event]) -> Iterator[None]:
+        """What goes wrong with a completion ends that one alone."""
+        try:
+            yield
+        except Exception as error:
+            if c in self.completions:
+                self._fail(c, error, events)
+            elif not isinstance(error, PyrosomeError):  # it had ended: its session has to go on
+                log.exception("request %s had ended, and what follows an end failed", c.request.id)
 
     def _twins(self, c: Completion) -> list[Completion]:
         """The other completions of a request whose prompt has just been computed: they share it."""
         if c.index or c.output_tokens or c.has_twins:
             return []
-        c.has_twins = True
-        twins = []
-        for index in range(1, c.request.params.n):
-            twin = self._completion(c.request, index, self.home.fork(c.track), c.guide.fork(), c.seed)
+        twins: list[Completion] = []
+        try:
+            for index in range(1, c.request.params.n):
+                guide = c.guide.fork()
+                twins.append(self._completion(c.request, index, self.home.fork(c.track), guide, c.seed))
+        except BaseException:
+            for twin in twins:
+                self.home.drop(twin.track)
+            raise
+        for twin in twins:
             twin.reuse, twin.is_admitted, twin.arrived, twin.admitted = c.reuse, True, c.arrived, c.admitted
-            twins.append(twin)
         self.completions += twins
+        c.has_twins = True
         return twins
 
     def _propose(self, served: list[tuple[Completion, int]], forward: Forward) -> None:
+        began = time.monotonic()
         for c, _ in served:
             c.drafts = []
         try:
             self.drafter.propose(served, forward)
+            self.drafter.cost.observe_drafting(sum(len(c.drafts) for c, _ in served), time.monotonic() - began)
         except Exception:  # a draft is a guess: without it the answer is the same
             log.exception("drafting failed; this step goes on without drafts")
             self.stats.failed("drafter")
@@ -451,32 +436,32 @@ class Engine:
 
     def _end(self, c: Completion, reason: str, events: list[Event], error: str = "", error_type: str = "") -> None:
         self.completions.remove(c)
+        self._departures += 1
+        output_tokens = c.output_tokens  # a session's ids are cut back where it failed
         session = self.sessions.get(c.request.session)
         if session and session.track is c.track:
             session.finish(self, failed=reason == "error")
         else:
             self.home.drop(c.track)
-        self.stats.ended(reason)
-        self._trace_request(c, reason)
-        events.append(
-            Ended(c.request.id, c.index, reason, c.output_tokens, c.reuse, c.timeline(time.monotonic()),
-                  f"request {c.request.id}: {error}" if error else "", error_type)
-        )  # fmt: skip
+        self._trace_request(c, reason, output_tokens)
+        text, now = f"request {c.request.id}: {error}" if error else "", time.monotonic()
+        never_begun = range(1, c.request.params.n) if not (c.index or c.has_twins) else ()
+        for index in (c.index, *never_begun):
+            self.stats.ended(reason)
+            events.append(
+                Ended(c.request.id, index, reason, output_tokens, c.reuse, c.timeline(now), text, error_type)
+            )
 
-    def _trace_request(self, c: Completion, reason: str) -> None:
+    def _trace_request(self, c: Completion, reason: str, output_tokens: int) -> None:
         if self.trace:
             now, name = time.monotonic(), f"{c.request.id}.{c.index}"
             begun, first = c.admitted or now, c.first_token or now
             self.trace.span("queued", c.arrived, begun, name, prompt_tokens=c.prompt_length)
             self.trace.span("prompt", begun, first, name, reused_tokens=c.reuse.reused_tokens)
-            self.trace.span("output", first, now, name, tokens=c.output_tokens, reason=reason, parks=c.num_parks)
+            self.trace.span("output", first, now, name, tokens=output_tokens, reason=reason, parks=c.num_parks)
 
 
-class Span(NamedTuple):
-    """What a step computes of one completion."""
-
-    completion: Completion
-    start: int
-    ids: list[int]  # drafts included
-    drafts: list[int]
-    is_last: bool  # all that was known is computed: the next token is chosen
+def _present(c: Completion) -> Sequence:
+    """The sequence of a completion that is in the cache."""
+    assert c.track.sequence is not None
+    return c.track.sequence

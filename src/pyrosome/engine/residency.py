@@ -73,6 +73,7 @@ class Residency:
             return self._found(track, track.sequence, match)
         assert parked is not None
         self.runner.restore(track.sequence, parked)
+        self.stats.resumes += 1
         return Reuse(len(track.ids), parked.length, parked.length, 0, "all")
 
     def _found(self, track: Track, sequence: Sequence, match: Match) -> Reuse:
@@ -129,23 +130,22 @@ class Residency:
         del track.ids[length:]
         if track.lookup:
             track.lookup.truncate(length)
-        sequence = track.sequence
-        if track.parked and track.parked.length > length:
-            track.parked = None
         # The last id is computed again in any case: what follows it is chosen from its logits.
-        target = min(track.length, max(0, length - 1))
-        if sequence is None:
-            return length - (track.parked.length if track.parked else 0)
-        if target < sequence.length:
-            if self.runner.can_rewind(sequence, target):
+        most, sequence = max(0, length - 1), track.sequence
+        if track.parked and track.parked.length > most:
+            track.parked = None
+        if track.parked:
+            return length - track.parked.length
+        if sequence is not None:
+            target = min(sequence.length, most)
+            if target == sequence.length or self.runner.can_rewind(sequence, target):
                 sequence.length = target
                 sequence.draft_to = min(sequence.draft_to, target)
-            else:
-                self.drop(track)
-                match = self.tree.match(track.ids, track.salt, length - 1)
-                track.cursor = self.tree.cursor(track.salt, match)
-                return length - match.length
-        return length - sequence.length
+                return length - target
+            self.drop(track)
+        match = self.tree.match(track.ids, track.salt, most)
+        track.cursor = self.tree.cursor(track.salt, match)
+        return length - match.length
 
     def recompute(self, track: Track) -> tuple[Sequence, Tensor] | None:
         """A track's ids computed without reuse: (sequence, logits [V] after the last); None where there is no room."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import uuid
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -115,8 +116,10 @@ def _save(engine: Engine, session: str, path: str) -> int:
 
 def _restore(engine: Engine, path: str, salt: str = "") -> str:
     saved = open_session(path, fingerprint=engine.fingerprint)
-    if len(saved.ids) > engine.max_context:
-        raise ContextTooLong(len(saved.ids), engine.max_context, "give the engine a larger max_context or cache_bytes")
+    if saved.length > engine.max_context:
+        raise ContextTooLong(saved.length, engine.max_context, "give the engine a larger max_context or cache_bytes")
+    if saved.ids:
+        check_ids(saved.ids, engine.config.vocab_size)
     track = engine.home.new_track(list(saved.ids), salt)
     track.sequence = Sequence(engine.runner.pool.open())
     try:
@@ -132,7 +135,8 @@ def _restore(engine: Engine, path: str, salt: str = "") -> str:
 
 def _present(engine: Engine, track: Track) -> Sequence:
     """The track's place in the cache, brought in if need be."""
-    if track.sequence is None and engine.home.bring_in(track, engine.park_idle) is None:
+    set_aside = functools.partial(engine.park_idle, but=track)
+    if track.sequence is None and engine.home.bring_in(track, set_aside) is None:
         raise RequestError("the session finds no room beside what is running; try again later")
     assert track.sequence is not None
     return track.sequence

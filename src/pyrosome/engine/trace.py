@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import tempfile
 import time
@@ -11,6 +12,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from pyrosome.errors import RequestError
 
 MAX_EVENTS = 400_000  # about 200 bytes each
 _STEPS, _FIRST_REQUEST = 0, 1  # tracks: one of steps, one for each completion
@@ -21,12 +24,15 @@ class Trace:
 
     Steps are on one track, with their phases inside; each completion has a track of its own.  Events beyond
     `max_events` are counted and not kept.
+
+    Raises:
+        RequestError: there can be no such file.
     """
 
     def __init__(
         self, path: str | Path, max_events: int = MAX_EVENTS, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self.path, self.num_dropped = Path(path), 0
+        self.path, self.num_dropped = checked_path(path), 0
         self._max, self._clock, self._began = max_events, clock, clock()
         self._events: list[str] = []  # as text, which takes a fraction of the memory
         self._tracks: dict[str, int] = {}
@@ -44,9 +50,9 @@ class Trace:
 
     def span(self, name: str, began: float, ended: float, track: str = "", **about: Any) -> None:
         """Something that took from `began` to `ended` (of `time.monotonic`); on a completion's track, or the steps'."""
-        self._add(
-            track, {"ph": "X", "name": name, "ts": self._us(began), "dur": _rounded(ended - began), "args": about}
-        )
+        at, end = self._us(began), self._us(ended)
+        # Between two rounded times: what follows at once must not begin before this ends, or it is drawn inside.
+        self._add(track, {"ph": "X", "name": name, "ts": at, "dur": round(max(0.0, end - at), 3), "args": about})
 
     def instant(self, name: str, track: str = "", **about: Any) -> None:
         """Something that happened now."""
@@ -93,12 +99,32 @@ class Trace:
         self._events.append(_text(event, number))
 
 
+def checked_path(path: str | Path) -> Path:
+    """Where a trace is to be written, its folder made: so that a run does not find out at its end.
+
+    Raises:
+        RequestError: there can be no such file.
+    """
+    path = Path(path)
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(f"it is a folder; name a file in it, {path / 'trace.json'}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(path.parent, os.W_OK | os.X_OK):
+            raise PermissionError(f"{path.parent} may not be written to")
+    except (OSError, ValueError) as error:
+        raise RequestError(f"a trace was to be written to {path} and cannot be: {error}") from None
+    return path
+
+
 def _name(kind: str, track: int, name: str) -> str:
     return _text({"ph": "M", "name": kind, "ts": 0, "args": {"name": name}}, track)
 
 
 def _text(event: dict[str, Any], track: int) -> str:
-    return json.dumps({**event, "pid": os.getpid(), "tid": track}, default=str, separators=(",", ":"))
+    args = {k: v if not isinstance(v, float) or math.isfinite(v) else str(v) for k, v in event.get("args", {}).items()}
+    whole = {**event, "args": args, "pid": os.getpid(), "tid": track}
+    return json.dumps(whole, default=str, separators=(",", ":"))
 
 
 def _rounded(seconds: float) -> float:

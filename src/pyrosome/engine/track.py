@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
+from typing import NamedTuple
 
 from pyrosome.cache.prefix import Cursor
 from pyrosome.cache.state import Snapshot
@@ -70,6 +71,7 @@ class Completion:
     first_token: float = 0.0
     num_steps: int = 0
     num_parks: int = 0
+    blocked_at: int = -1  # departures there had been when it last found no room
     is_admitted: bool = False
     is_checked: bool = False  # its prefix hit is to be recomputed and compared
     is_suspect: bool = False  # a step with it failed: it runs alone
@@ -111,6 +113,16 @@ class Completion:
             self.arrived, self.admitted, self.first_token, now, self.num_parks, self.num_steps,
             self.depth.drafted, self.depth.accepted,
         )  # fmt: skip
+
+
+class Span(NamedTuple):
+    """What a step computes of one completion."""
+
+    completion: Completion
+    start: int
+    ids: list[int]  # drafts included
+    drafts: list[int]
+    is_last: bool  # all that was known is computed: the next token is chosen
 
 
 AGING_STEPS = 512  # steps of waiting that make up for one level of priority

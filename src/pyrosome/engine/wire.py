@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import logging
 import os
@@ -188,10 +189,14 @@ def events_message(events: Sequence[Event]) -> Events:
         if kind is TokenEvent:
             runs.append((list(group), []))  # type: ignore[arg-type]
         elif runs:
-            runs[-1][1].extend(group)  # type: ignore[arg-type]
+            runs[-1][1].extend(map(_sendable, group))  # type: ignore[arg-type]
         else:
-            runs.append(([], list(group)))  # type: ignore[arg-type]
+            runs.append(([], list(map(_sendable, group))))  # type: ignore[arg-type]
     return Events(runs)
+
+
+def _sendable(end: Ended) -> Ended:
+    return dataclasses.replace(end, error=_as_text(end.error)) if end.error else end
 
 
 def events_of(message: Events) -> list[Event]:
@@ -233,15 +238,21 @@ def _unreadable(what: str, error: Exception) -> EngineError:
 
 def failure_of(error: BaseException) -> Failure:
     """An exception as plain data; one that is not of this package's tree becomes an `EngineError` that names it."""
+    text = _as_text(str(error))
     if not isinstance(error, PyrosomeError):
-        text = f"{type(error).__name__}: {error}"
+        text = f"{type(error).__name__}: {text}"
         return Failure([_name(EngineError)], [text], text)
     arguments = list(error.__reduce__()[1])
     try:
         _encoder.encode(arguments)
     except Exception:
-        arguments = [str(error)]
-    return Failure([_name(c) for c in type(error).__mro__ if issubclass(c, PyrosomeError)], arguments, str(error))
+        arguments = [text]
+    return Failure([_name(c) for c in type(error).__mro__ if issubclass(c, PyrosomeError)], arguments, text)
+
+
+def _as_text(text: str) -> str:
+    """What can travel of a text that may hold a file's name, which need not be text."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def error_of(failure: Failure) -> PyrosomeError:
@@ -278,27 +289,31 @@ class Child:
         self.is_ready = False
         self.last_words: PyrosomeError | None = None
         self._unsent: list[bytes] | None = [start]  # None: connected
-        self._folder = tempfile.mkdtemp(prefix="pyrosome-")
-        self._context = zmq.Context()
-        self.socket = _open(self._context)
-        self.lifeline, theirs = socket.socketpair()  # either side sees its end when the other is gone
         self._process: subprocess.Popen[bytes] | None = None
-        endpoint = f"ipc://{self._folder}/engine"
+        self._cleanup, self._folder = contextlib.ExitStack(), ""
         try:
-            self.socket.bind(endpoint)
-            # Of another session, so that Ctrl-C in the owner's terminal is the owner's alone.
-            path = json.dumps([str(p) for p in sys.path])
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", _BOOT, path, endpoint], stdin=theirs.fileno(), start_new_session=True
-            )
+            self._folder = tempfile.mkdtemp(prefix="pyrosome-")
+            self._cleanup.callback(shutil.rmtree, self._folder, ignore_errors=True)
+            context = zmq.Context()
+            self._cleanup.callback(context.term)
+            self.socket = _open(context)
+            self._cleanup.callback(self.socket.close, 0)
+            self.lifeline, theirs = socket.socketpair()  # either side sees its end when the other is gone
+            self._cleanup.callback(self.lifeline.close)
+            with theirs:
+                endpoint = f"ipc://{self._folder}/engine"
+                self.socket.bind(endpoint)
+                # Of another session, so that Ctrl-C in the owner's terminal is the owner's alone.
+                path = json.dumps([str(p) for p in sys.path])
+                self._process = subprocess.Popen(
+                    [sys.executable, "-c", _BOOT, path, endpoint], stdin=theirs.fileno(), start_new_session=True
+                )
         except (OSError, zmq.ZMQError) as error:
             self.close()
             raise EngineError(
-                f"the engine's process could not be started with a socket in {self._folder} ({error}); "
-                "set TMPDIR to a folder with a short name that can be written to"
+                f"the engine's process could not be started with a socket in {self._folder or 'a new folder'} "
+                f"({error}); set TMPDIR to a folder with a short name that can be written to, and see `ulimit -n -u`"
             ) from None
-        finally:
-            theirs.close()
 
     @property
     def pid(self) -> int:
@@ -366,10 +381,7 @@ class Child:
         if self._process is not None:
             self._process.kill()
             self._process.wait()
-        self.lifeline.close()
-        self.socket.close(0)
-        self._context.term()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._cleanup.close()
 
     def __enter__(self) -> Child:
         return self
@@ -387,7 +399,8 @@ class Owner:
         os.dup2(nothing, 0)
         os.close(nothing)
         os.dup2(2, 1)  # what is printed here is no output of the owner's
-        threading.Thread(target=_end_with, args=(lifeline, os.getppid()), daemon=True).start()
+        folder = os.path.dirname(endpoint.removeprefix("ipc://"))
+        threading.Thread(target=_end_with, args=(lifeline, os.getppid(), folder), daemon=True).start()
         self._context = zmq.Context()
         self._socket = _open(self._context)
         self._socket.setsockopt(zmq.LINGER, CLOSE_MS)
@@ -437,8 +450,9 @@ def _open(context: zmq.Context[zmq.Socket[bytes]]) -> zmq.Socket[bytes]:
     return made
 
 
-def _end_with(lifeline: int, owner: int) -> None:
+def _end_with(lifeline: int, owner: int, folder: str) -> None:
     # A fork of the owner may hold its end of the line open.
     while not select.select([lifeline], [], [], WATCH_S)[0] and os.getppid() == owner:
         pass
+    shutil.rmtree(folder, ignore_errors=True)  # still there if the owner went before the two were connected
     os._exit(1)

@@ -9,6 +9,7 @@ import abc
 import atexit
 import contextlib
 import logging
+import os
 import queue
 import threading
 import weakref
@@ -23,6 +24,7 @@ from pyrosome.errors import EngineError
 log = logging.getLogger(__name__)
 
 CLOSED = "the engine was closed; make another"
+FORKED = "the engine belongs to the process that this one was forked from; make another here, or start it by `spawn`"
 
 running: weakref.WeakSet[Driver] = weakref.WeakSet()
 
@@ -32,6 +34,16 @@ def _close_all() -> None:
     """A step must not be cut off by an interpreter that takes its libraries down."""
     for driver in list(running):
         driver.close()
+
+
+def _disown_all() -> None:
+    """A fork has its parent's drivers and not their threads: whoever asks one there is told, and waits for nothing."""
+    for driver in list(running):
+        driver.disown()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_disown_all)
 
 
 class EngineLike(Protocol):
@@ -52,8 +64,11 @@ Deliver = Callable[[list[Event]], object]
 class Driver(abc.ABC):
     """An engine, wherever it runs.  Everything may be called from any thread.
 
-    Of each completion there is exactly one `Ended`, whatever happens to the engine.
+    Of each completion there is exactly one `Ended`, whatever happens to the engine.  In a fork of its process it only
+    raises `EngineError`.
     """
+
+    _mailbox: Mailbox
 
     @abc.abstractmethod
     def add(self, request: Request, deliver: Deliver) -> Future[None]:
@@ -73,6 +88,11 @@ class Driver(abc.ABC):
     @abc.abstractmethod
     def close(self) -> None:
         """End everything.  Whoever waits is told; what is called later raises `EngineError`."""
+
+    def disown(self) -> None:
+        """Take nothing any more, by a new mailbox: a thread that is not in this fork may hold the old one's lock."""
+        self._mailbox = Mailbox()
+        self._mailbox.close(FORKED)
 
     def submit(self, request: Request) -> EventStream:
         """A request's events.

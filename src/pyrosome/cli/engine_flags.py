@@ -1,0 +1,47 @@
+"""Flags of the commands that generate: what the engine may use, and what it says of its work."""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Annotated
+
+import typer
+
+from pyrosome.engine.trace import checked_path
+from pyrosome.errors import RequestError
+from pyrosome.options import DRAFTERS, EngineOptions
+
+CACHE_GIB = EngineOptions().cache_bytes / 2**30
+
+CacheGiB = Annotated[float, typer.Option("--cache-gib", help="Memory for the KV cache, in GiB; it bounds the context.")]
+Drafter = Annotated[
+    str,
+    typer.Option(
+        help=f"Who guesses tokens ahead: {', '.join(DRAFTERS)}. auto is the checkpoint's own MTP head, where it has "
+        "one; tokens at temperature 0 are the same with each."
+    ),
+]
+LogEvery = Annotated[int, typer.Option(help="Steps between lines about the engine on standard error; 0: none.")]
+TracePath = Annotated[
+    str | None,
+    typer.Option("--trace", help="File for a timeline of steps and requests, to be read at ui.perfetto.dev."),
+]
+
+
+def engine_options(cache_gib: float, drafter: str, log_every: int, trace: str | None) -> EngineOptions:
+    """What the flags ask for, checked before anything is loaded.
+
+    Raises:
+        RequestError: a flag outside its range, or a trace that cannot be written where it is to be.
+    """
+    if not math.isfinite(cache_gib) or cache_gib * 2**30 < 1:
+        raise RequestError(f"--cache-gib is {cache_gib}; a number of GiB above 0 was expected")
+    if trace is not None:
+        checked_path(trace)
+    options = EngineOptions(
+        cache_bytes=int(cache_gib * 2**30), drafter=drafter, log_every=log_every, trace_path=trace or ""
+    )
+    if log_every:  # asked for by name: whatever level the other lines have
+        logging.getLogger("pyrosome.engine.engine").setLevel(logging.INFO)
+    return options
