@@ -65,13 +65,14 @@ class Constraint:
 
     `kind` is "json", "regex", "lark", "tool_call" (calls are optional, but when made must fit) or
     "tool_call_required"; `schema` the JSON Schema, the expression, the grammar, or the tools as a JSON list; "" is
-    any JSON.  With `after_reasoning` it begins to hold after `</think>`.
+    any JSON object.  With `after_reasoning` it begins to hold after `</think>`.
     """
 
     kind: str
     schema: str
     after_reasoning: bool = False
     parallel: bool = True  # several calls in one answer are allowed
+    answer: str | None = None  # for "tool_call": the JSON Schema of an answer that makes none; None: free text
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -121,6 +121,19 @@ def test_json_is_given_to_whoever_asks():
     assert render(response_format=schema).constraint.kind == "json"
 
 
+def test_with_tools_it_is_given_where_no_call_is_made():
+    tools, schema = TOOL_FIELDS["chat_completions"], {"type": "object", "properties": {"a": {"type": "string"}}}
+    form = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
+    both = render(tools=tools, response_format=form).constraint
+    assert both.kind == "tool_call" and json.loads(both.answer) == schema
+    assert both.schema == render(tools=tools).constraint.schema and render(tools=tools).constraint.answer is None
+    assert render(tools=tools, response_format={"type": "json_object"}).constraint.answer == ""
+    forced = render(tools=tools, response_format=form, tool_choice="required").constraint
+    assert forced.kind == "tool_call_required" and forced.answer is None
+    none = render(tools=tools, response_format=form, tool_choice="none").constraint
+    assert none.kind == "json" and json.loads(none.schema) == schema
+
+
 def test_calls_and_results_without_ids_are_paired_in_order():
     calls = [{"type": "function", "function": {"name": "read", "arguments": {"path": p}}} for p in "ab"]
     results = [{"role": "tool", "content": f"<{p}>"} for p in "ab"]

@@ -325,5 +325,5 @@ def test_compiled_grammars_are_kept_and_bounded():
     for n in range(MAX_CACHED + 5):
         grammars.compile(Constraint("regex", f"a{{{n + 1}}}"), None, PARAMS)
         grammars.compile(KINDS["regex"], None, PARAMS).accept(tokenizer(NANO).encode("a")[0])
-        kept.append(grammars._compiled["regex", KINDS["regex"].schema, True, "tag"])
+        kept.append(grammars._compiled["regex", KINDS["regex"].schema, True, "tag", None])
     assert len(grammars._compiled) == MAX_CACHED and kept[0] is kept[-1]

@@ -124,6 +124,24 @@ def test_one_bad_schema_among_many_tools_costs_the_others_nothing():
         assert (guide.usable(ids) == len(ids)) == good
 
 
+def test_an_answer_in_json_may_stand_in_place_of_calls_and_nothing_else_may():
+    tools = json.dumps([{"function": {"name": "f", "parameters": one({"type": "integer"})}}])
+    encode = tokenizer(NANO).encode
+    for schema, good, bad in (
+        (json.dumps(ADDRESS), ['{"zip": 1}'], ['{"zip": "a"}', "hello", "[]"]),
+        ("", ['{"a": [1]}', "{}"], ["[1]", "hello"]),
+    ):
+        guide = GRAMMARS.compile(Constraint("tool_call", tools, answer=schema), None, SamplingParams())
+        for text in (*good, block(("f", {"x": 1})), block(("f", {"x": 1}), ("f", {"x": 2}))):
+            ids = [*encode(text, allow_special=True), 1]
+            assert guide.usable(ids) == len(ids), text
+        for text in (*bad, block(("f", {"x": "a"})), good[0] + block(("f", {"x": 1}))):
+            ids = [*encode(text, allow_special=True), 1]
+            assert guide.usable(ids) < len(ids), text
+    with pytest.raises(RequestError, match="JSON Schema is an object"):
+        GRAMMARS.compile(Constraint("tool_call", tools, answer="[1]"), None, SamplingParams())
+
+
 @pytest.mark.parametrize(
     ("tools", "message"),
     [

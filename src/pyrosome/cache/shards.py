@@ -75,7 +75,7 @@ class SharedRows(PagedRows):
         # Page 0 is nobody's: what stands there is not to be given.
         self.table_BP = rows.table_BP.masked_fill(page_owner(page_P, mesh) != mesh.rank, 0)
 
-    def _decode(self, place_N: Tensor) -> Tensor:
+    def decode_places(self, place_N: Tensor) -> Tensor:
         missing_N1 = (place_N < PAGE_ROWS)[:, None]
         mine = [plane.index_select(0, place_N).masked_fill_(missing_N1, 0) for plane in self.planes]
         return self.row_format.decode(self.mesh.all_reduce_exact(mine))

@@ -170,16 +170,17 @@ class PagedRows:
             return rows_NC, torch.where(index_TK < 0, 0, 1 + span_T1 * self.num_rows + index_TK)
         safe_TK = index_TK.clamp(min=0)
         place_TK = self.table_BP[span_T1, safe_TK // PAGE_ROWS] * PAGE_ROWS + safe_TK % PAGE_ROWS
-        rows_NC = self._decode(torch.where(index_TK < 0, 0, place_TK).flatten())
+        rows_NC = self.decode_places(torch.where(index_TK < 0, 0, place_TK).flatten())
         return rows_NC, torch.arange(T * K, device=index_TK.device).view(T, K)
 
     def span_rows(self, low: int, high: int) -> Tensor:
         row_N = torch.arange(low, high, device=self.table_BP.device)
         place_BN = self.table_BP[:, row_N // PAGE_ROWS] * PAGE_ROWS + row_N % PAGE_ROWS
-        rows_NC = self._decode(place_BN.flatten())
+        rows_NC = self.decode_places(place_BN.flatten())
         return rows_NC.view(*place_BN.shape, rows_NC.shape[-1])
 
-    def _decode(self, place_N: Tensor) -> Tensor:
+    def decode_places(self, place_N: Tensor) -> Tensor:
+        """Rows [N, C] at places of the pool: page x rows of a page + row."""
         return self.row_format.decode(tuple(plane.index_select(0, place_N) for plane in self.planes))
 
 

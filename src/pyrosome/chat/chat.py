@@ -252,16 +252,25 @@ class _Request:
     def constraint(self, wishes: Wishes, *, after_reasoning: bool) -> Constraint | None:
         given = self._converted.inference_options.output_constraint
         kind, schema = (given.kind, given.schema) if given else (None, "")
-        if wishes.json_object and kind is None:
-            kind = "json"
-        if wishes.json_schema is not None and kind is None:
-            kind, schema = "json", json.dumps(wishes.json_schema, ensure_ascii=False, separators=(",", ":"))
+        answer = self._answer_schema(wishes)
+        if answer is not None and kind is None:
+            kind, schema = "json", answer
         if wishes.forced_tools and self.parsing.parse_tool_calls:
             kind = "tool_call_required"
             if isinstance(wishes.forced_tools, str):
                 chosen = [t for t in json.loads(schema) if t["function"]["name"] == wishes.forced_tools]
                 schema = json.dumps(chosen, ensure_ascii=False, separators=(",", ":"))
-        return None if kind is None else Constraint(kind, schema, after_reasoning, wishes.parallel)
+        if kind is None:
+            return None
+        return Constraint(kind, schema, after_reasoning, wishes.parallel, answer if kind == "tool_call" else None)
+
+    def _answer_schema(self, wishes: Wishes) -> str | None:
+        """The JSON Schema of the answer; "" for any object, None for no JSON."""
+        if wishes.json_object:
+            return ""
+        old = self._converted.conversation
+        schema = old.response_schema if old.response_format == "json_schema" else wishes.json_schema
+        return None if schema is None else json.dumps(schema, ensure_ascii=False, separators=(",", ":"))
 
     def max_tokens(self, num_prompt: int, context: int) -> int:
         try:

@@ -100,7 +100,7 @@ class Grammars:
     def _opening(self, constraint: Constraint, think_end: int | None, prompt: Sequence[int]) -> str:
         """How much of a block of tool calls is there when the grammar begins to hold."""
         if constraint.kind != "tool_call_required":
-            return "tag"
+            return "tag" if constraint.answer is None else "whole"
         if think_end is not None:
             return "whole"
         vocabulary = self.vocabulary()
@@ -108,7 +108,7 @@ class Grammars:
         return "inside" if last == vocabulary.dsml else "whole"
 
     def _matcher(self, constraint: Constraint, opening: str) -> LLMatcher:
-        key = (constraint.kind, constraint.schema, constraint.parallel, opening)
+        key = (constraint.kind, constraint.schema, constraint.parallel, opening, constraint.answer)
         with self._lock:
             if key not in self._compiled:
                 matcher = self._build(constraint, opening)
@@ -135,16 +135,14 @@ class Grammars:
         kind, schema = constraint.kind, constraint.schema
         try:
             if kind == "json":
-                form = json.loads(schema) if schema else {"type": "object"}
-                form = {} if form is True else form
-                if not isinstance(form, dict):
-                    raise ValueError(f"a JSON Schema is an object, or true; it is {schema}")
+                form = _schema(schema)
                 options: Any = {"whitespace_pattern": SPACE}
                 return made(LLMatcher.grammar_from_json_schema(form, defaults=options))
             if kind == "regex":
                 return made(LLMatcher.grammar_from_regex(schema))
             if kind == "lark":
                 return made(LLMatcher.grammar_from_lark(schema))
+            answer = None if constraint.answer is None else _schema(constraint.answer)
         except ValueError as error:  # no JSON, no object, or text that has no UTF-8 form
             raise RequestError(f"the {kind} constraint cannot be used: {error}") from None
         if kind not in ("tool_call", "tool_call_required"):
@@ -158,6 +156,21 @@ class Grammars:
         def lark(text: str) -> LLMatcher:
             return made(LLMatcher.grammar_from_lark(text))
 
-        write = functools.partial(tool_grammar, schema, dsml, opening=opening, parallel=constraint.parallel)
+        write = functools.partial(
+            tool_grammar, schema, dsml, opening=opening, parallel=constraint.parallel, answer=answer
+        )
         matcher = lark(write())
         return lark(write(fault=lambda text: fault_of(lark(text)))) if matcher.is_error() else matcher
+
+
+def _schema(text: str) -> dict[str, Any]:
+    """A JSON Schema; of any object for "".
+
+    Raises:
+        ValueError: it is none.
+    """
+    schema = json.loads(text) if text else {"type": "object"}
+    schema = {} if schema is True else schema
+    if not isinstance(schema, dict):
+        raise ValueError(f"a JSON Schema is an object, or true; it is {text}")
+    return schema

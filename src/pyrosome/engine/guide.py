@@ -41,6 +41,7 @@ class Guide:
     ) -> None:
         self._grammars, self._start, self._think_end = grammars, start, think_end
         self._kind = constraint.kind if constraint else ""
+        self._waits = self._kind == "tool_call" and constraint is not None and constraint.answer is None
         self._thinking_limit = params.max_thinking_tokens
         # Text completions may end at once: only an answer is never empty.
         self._never_empty = (think_end is not None or start is not None) if never_empty is None else never_empty
@@ -145,7 +146,7 @@ class Guide:
         return twin
 
     def _begin_answer(self) -> None:
-        if self._start is not None and self._kind != "tool_call":
+        if self._start is not None and not self._waits:  # for a call to open
             self._matcher = self._start.deep_copy()
 
     @property

@@ -7,11 +7,10 @@ drafts, and depth may follow what was accepted and what a step costs (ADR 0006).
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
-from pyrosome.engine.sampler import Choice
 from pyrosome.errors import RequestError
 from pyrosome.options import DRAFTERS
 
@@ -24,20 +23,6 @@ SHARE = 0.1  # what a token more costs, in steps of one token, until it is measu
 CONFIDENCE = 4.0  # how much that guess counts: as four steps that had one token more than usual
 STEP_FORGETTING = 0.98
 OUTLIER = 3.0  # a step slower than this many times what was expected was held up by something else
-
-
-def verify(draw: Callable[[int], Choice], drafts: Sequence[int], ends: Container[int] = ()) -> list[Choice]:
-    """The choices to commit: those that agree with the drafts, and the one after them.
-
-    `draw(i)` chooses the token after `i` drafts and takes it into the sampler's state; it is called in order, and not
-    again after a token that was not drafted or that is in `ends`, so the state is what it would be without drafts.
-    """
-    chosen = [draw(0)]
-    for i, draft in enumerate(drafts):
-        if chosen[i].token != draft or draft in ends:
-            break
-        chosen.append(draw(i + 1))
-    return chosen
 
 
 class StepCost:

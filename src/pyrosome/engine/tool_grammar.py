@@ -26,12 +26,19 @@ _OPENINGS = {"inside": "", "tag": '"tool_calls>\\n"', "whole": '"\\n\\n<" {token
 
 
 def tool_grammar(
-    tools: str, dsml: int, *, opening: str, parallel: bool, fault: Callable[[str], str] | None = None
+    tools: str,
+    dsml: int,
+    *,
+    opening: str,
+    parallel: bool,
+    answer: dict[str, Any] | None = None,
+    fault: Callable[[str], str] | None = None,
 ) -> str:
     """Lark text for calls of `tools` (a JSON list as chat completions have it).
 
     Args:
         dsml: the id of the token that every tag begins with, after its `<` or `</`.
+        answer: JSON of this schema may stand in place of calls.
         opening: "inside" where the block is open already, "tag" just after its first control token, or "whole".
         fault: what is wrong with a Lark text, "" for nothing.  A parameter whose schema cannot be expressed is then
             held to its type alone, and that is logged; without `fault` all of it is written down.
@@ -45,6 +52,8 @@ def tool_grammar(
     # The line's end belongs to the call: as the beginning of the closing tag it would be taken for that alone.
     start = f"start: {_OPENINGS[opening].format(token=g.token)} {call}{'+' if parallel else ''} "
     start += f'"</" {g.token} "tool_calls>"'
+    if answer is not None:
+        start += f" | %json {_guided(answer)}"
     return "%llguidance {}\n" + "\n".join([start, *(f"{name}: {body}" for body, name in g.rules.items())]) + "\n"
 
 
