@@ -124,7 +124,9 @@ class LLM:
             CheckpointError: the file is damaged, of another version, or of another model or numerics.
             ContextTooLong: it holds more tokens than this engine's cache.
         """
-        return Session(self, self.engine.call("session_restore", path=str(path)))
+        session = Session(self, self.engine.call("session_restore", path=str(Path(path).absolute())))
+        session.messages = list(self.engine.call("session_notes", session=session.id).get("messages", []))
+        return session
 
     @functools.cached_property
     def chat_template(self) -> Chat:

@@ -126,11 +126,16 @@ class Session:
         return int(self._call("session_rewind", num_tokens=num_tokens))
 
     def save(self, path: str | Path) -> int:
-        """Write the session to a file, which holds its tokens and all that was computed; returns its bytes.
+        """Write the session to a file: tokens, messages and all that was computed; returns its bytes.
 
         The file is complete or not there: a crash while it is written leaves an older one as it was.
+
+        Raises:
+            DoesNotFit: the disk is full.
+            CheckpointError: the file cannot be written.
         """
-        return int(self._call("session_save", path=str(Path(path).absolute())))
+        notes = {"messages": self.messages}
+        return int(self._call("session_save", path=str(Path(path).absolute()), notes=notes))
 
     def close(self) -> None:
         """Give back what it holds of the cache."""

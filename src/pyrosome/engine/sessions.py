@@ -24,6 +24,7 @@ class Session:
 
     track: Track
     before: int | None = None  # ids there were when the request that runs now began; None: none runs
+    notes: dict[str, Any] = dataclasses.field(default_factory=dict)  # the caller's plain data, from its file
 
     @property
     def is_busy(self) -> bool:
@@ -105,12 +106,12 @@ def _rewind(engine: Engine, session: str, num_tokens: int) -> int:
     return engine.home.rewind(track, len(track.ids) - num_tokens)
 
 
-def _save(engine: Engine, session: str, path: str) -> int:
+def _save(engine: Engine, session: str, path: str, notes: dict[str, Any] | None = None) -> int:
     track = find(engine, session).track
     sequence = _present(engine, track)
     return save_session(
         path, engine.runner.pool, sequence.holding.pages, track.ids, engine.runner.snapshot(sequence),
-        fingerprint=engine.fingerprint,
+        fingerprint=engine.fingerprint, extra=notes,
     )  # fmt: skip
 
 
@@ -130,7 +131,13 @@ def _restore(engine: Engine, path: str, salt: str = "") -> str:
         engine.home.drop(track)
         raise
     engine.home.settle(track, track.length)
-    return _register(engine, track)
+    session_id = _register(engine, track)
+    engine.sessions[session_id].notes = saved.about.extra
+    return session_id
+
+
+def _notes(engine: Engine, session: str) -> dict[str, Any]:
+    return find(engine, session).notes
 
 
 def _present(engine: Engine, track: Track) -> Sequence:
@@ -155,6 +162,7 @@ _OPERATIONS: dict[str, Callable[..., Any]] = {
     "session_rewind": _rewind,
     "session_save": _save,
     "session_restore": _restore,
+    "session_notes": _notes,
     "session_close": _close,
     "stats": lambda engine: engine.current_stats(),
 }
