@@ -131,7 +131,7 @@ def test_signatures_that_users_call(name):
 
 
 FIELDS = {
-    "Output": ["token_ids", "text", "logprobs", "finish_reason", "cached_tokens", "error"],
+    "Output": ["token_ids", "text", "logprobs", "finish_reason", "cached_tokens", "error", "reuse", "timeline"],
     "Piece": ["text", "token_ids", "finish_reason"],
     "LoadedModel": ["network", "config", "numerics", "kv_format", "path", "index"],
     "SamplingParams": [

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 
 from pyrosome import errors
 from pyrosome.chat import Detokenizer, Tokenizer
-from pyrosome.engine.request import Ended, Event, TokenEvent
+from pyrosome.engine.request import Ended, Event, Reuse, Timeline, TokenEvent
 from pyrosome.errors import EngineError, PyrosomeError
 from pyrosome.options import SamplingParams
 
@@ -22,6 +22,9 @@ class Output:
     finish_reason: str  # "stop", "length", "repetition" or "error"
     cached_tokens: int = 0  # of the prompt, that did not have to be computed
     error: str = ""  # what went wrong, for "error": the other requests go on
+    # What was found computed already, and why not more; when what happened.  None: ended by a stop string.
+    reuse: Reuse | None = dataclasses.field(default=None, compare=False, repr=False)
+    timeline: Timeline | None = dataclasses.field(default=None, compare=False, repr=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,8 +113,10 @@ class GrowingText:
 def _output(text: GrowingText, tokens: list[TokenEvent], end: Ended | None, params: SamplingParams) -> Output:
     logprobs = None if params.logprobs is None else [e.logprobs for e in tokens]
     reason = "stop" if end is None or text.is_cut else end.reason
-    reuse = end.reuse.reused_tokens if end else 0
-    return Output([e.token for e in tokens], text.text, logprobs, reason, reuse, end.error if end else "")
+    ids = [e.token for e in tokens]
+    if end is None:
+        return Output(ids, text.text, logprobs, reason)
+    return Output(ids, text.text, logprobs, reason, end.reuse.reused_tokens, end.error, end.reuse, end.timeline)
 
 
 def raise_failed(end: Ended) -> None:
