@@ -168,6 +168,15 @@ def test_a_stream_never_shows_what_may_be_the_beginning_of_a_stop_string(llm, sa
     assert shown == said.split("STOP")[0]
 
 
+def test_what_was_reused_is_told_also_where_a_stop_string_ended_it(llm):
+    prompt = llm.encode("a tale of two pages " * 20)
+    whole, again = (llm.generate([prompt], params(max_tokens=8, temperature=0))[0] for _ in range(2))
+    assert again.cached_tokens == again.reuse.reused_tokens >= 128 > 0 == whole.cached_tokens
+    assert again.timeline.ended >= again.timeline.first_token > 0 and again.reuse.prompt_tokens == len(prompt)
+    (cut,) = llm.generate([prompt], params(max_tokens=8, temperature=0, stop=(whole.text[1],)))
+    assert len(cut.token_ids) < 8 and cut.cached_tokens == again.cached_tokens
+
+
 def test_a_stop_string_inside_one_token_cuts_that_token_s_text(llm, says):
     at, token = next((i, t) for i, t in enumerate(map(llm.tokenizer.decode, ([n] for n in range(320)))) if len(t) > 3)
     for stop in (

@@ -187,9 +187,10 @@ class LLM:
         eos, cached = self.model.config.eos_token_id, 0
         with self.submit(request) as events:
             for event in events:
+                if event.reuse:
+                    cached = event.reuse.reused_tokens
                 if isinstance(event, Ended):
                     raise_failed(event)
-                    cached = event.reuse.reused_tokens
                     yield from parser.flush(event.reason)
                     break
                 if event.token == eos if event.is_end_token else event.token != eos:

@@ -22,8 +22,9 @@ class Output:
     finish_reason: str  # "stop", "length", "repetition" or "error"
     cached_tokens: int = 0  # of the prompt, that did not have to be computed
     error: str = ""  # what went wrong, for "error": the other requests go on
-    # What was found computed already, and why not more; when what happened.  None: ended by a stop string.
+    # What was found computed already, and why not more.
     reuse: Reuse | None = dataclasses.field(default=None, compare=False, repr=False)
+    # When what happened; None: it ended by a stop string.
     timeline: Timeline | None = dataclasses.field(default=None, compare=False, repr=False)
 
 
@@ -114,9 +115,9 @@ def _output(text: GrowingText, tokens: list[TokenEvent], end: Ended | None, para
     logprobs = None if params.logprobs is None else [e.logprobs for e in tokens]
     reason = "stop" if end is None or text.is_cut else end.reason
     ids = [e.token for e in tokens]
-    if end is None:
-        return Output(ids, text.text, logprobs, reason)
-    return Output(ids, text.text, logprobs, reason, end.reuse.reused_tokens, end.error, end.reuse, end.timeline)
+    reuse = end.reuse if end else tokens[0].reuse if tokens else None
+    cached, error = reuse.reused_tokens if reuse else 0, end.error if end else ""
+    return Output(ids, text.text, logprobs, reason, cached, error, reuse, end.timeline if end else None)
 
 
 def raise_failed(end: Ended) -> None:

@@ -6,10 +6,11 @@ import pytest
 
 from pyrosome.chat import Message
 from pyrosome.chat.events import Done
-from pyrosome.engine.request import Ended, TokenEvent
+from pyrosome.engine.request import Ended, Reuse, TokenEvent
 from pyrosome.errors import ContextTooLong, RequestError
 from pyrosome.llm import LLM
 from pyrosome.options import SamplingParams
+from tests.chat.cases import block
 
 ASK = [{"role": "user", "content": "hi"}]
 TOOL = {"name": "f", "parameters": {"type": "object", "properties": {"a": {"type": "string"}}}}
@@ -94,6 +95,15 @@ def test_own_end_tokens_are_no_part_of_the_answer_and_an_ignored_end_is_none(llm
     said, own_end, ignored = TokenEvent("0", 0, x, {}), TokenEvent("0", 0, x, {}, True), TokenEvent("0", 0, 1, {})
     assert content(said, own_end, Ended("0", 0, "stop")) == ("x", "stop")
     assert content(said, ignored, said, Ended("0", 0, "length")) == ("xx", "length")
+
+
+def test_what_was_reused_is_told_also_where_complete_calls_end_it(llm, monkeypatch):
+    ids = llm.tokenizer.encode(block(("f", {"a": "1"})) + "more", allow_special=True)
+    reuse = Reuse(300, 256, 256, 0, "all")
+    events = [TokenEvent("0", 0, t, {}, reuse=None if at else reuse) for at, t in enumerate(ids)]
+    monkeypatch.setattr(llm, "submit", lambda request: contextlib.nullcontext(iter(events)))
+    *_, done = llm.chat_stream(ASK, "off", tools=[TOOL])
+    assert done.message.finish_reason == "tool_calls" and done.usage.cached_tokens == 256
 
 
 def test_defaults_are_those_of_the_mode(llm, scripted):

@@ -78,14 +78,15 @@ class Decoding:
     def _commit(self, c: Completion, choice: Choice, events: list[Event]) -> str:
         """Take one token; why the completion ends with it, or "" where it goes on."""
         token, params = choice.token, c.request.params
-        if c.output_tokens == 0:
+        reuse = None if c.output_tokens else c.reuse
+        if reuse:
             c.first_token = time.monotonic()
         c.guide.accept(token)
         c.sampler.accept(token)
         c.track.append([token])
         self._stats.output_tokens += 1
         ends = token in params.stop_token_ids or (token == self._eos_id and not params.ignore_eos)
-        events.append(TokenEvent(c.request.id, c.index, token, choice.logprobs, ends))
+        events.append(TokenEvent(c.request.id, c.index, token, choice.logprobs, ends, reuse))
         if ends:
             return "stop"
         if c.sampler.is_repeating:

@@ -27,17 +27,6 @@ class Request:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class TokenEvent:
-    """One token of one completion."""
-
-    request: str
-    index: int  # which of the `n` completions
-    token: int
-    logprobs: dict[int, float]  # of the raw model distribution: this token's, and the top ones asked for
-    is_end_token: bool = False  # an end-of-sequence or stop id: not part of the text
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
 class Reuse:
     """What a request found computed already, and why not more."""
 
@@ -48,6 +37,18 @@ class Reuse:
     limit: str = ""  # "all", "no common prefix", "evicted", "no snapshot"
     stream: str = ""  # the cache stream that limited it
     reason: str = ""  # the same as a sentence with its numbers
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """One token of one completion."""
+
+    request: str
+    index: int  # which of the `n` completions
+    token: int
+    logprobs: dict[int, float]  # of the raw model distribution: this token's, and the top ones asked for
+    is_end_token: bool = False  # an end-of-sequence or stop id: not part of the text
+    reuse: Reuse | None = None  # with a completion's first token
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
