@@ -167,19 +167,16 @@ class LLM:
         return self.answer(prompt, self.request(prompt, params))
 
     def request(self, prompt: Prompt, params: SamplingParams | None = None, **changes: Any) -> Request:
-        """A rendered prompt as the engine takes it: what binds its answer, and where the next turn parts from it."""
+        """A rendered prompt as the engine takes it: what binds its answer, and where the next turn parts from it.
+
+        `changes` are fields of `Request`, and go before these.
+        """
         limit = min(prompt.max_tokens, max(1, self.model.config.max_position_embeddings - len(prompt.ids)))
         params = dataclasses.replace(params, stop=()) if params else prompt.sampling_params(max_tokens=limit)
         (request,) = self._requests([prompt.ids], params)
         think_end = self.tokenizer.id_of("</think>") if prompt.start == "reasoning" else None
-        return dataclasses.replace(
-            request,
-            constraint=prompt.constraint,
-            never_empty=True,
-            think_end=think_end,
-            stable=self.chat_template.stable(prompt),
-            **changes,
-        )
+        bound = {"constraint": prompt.constraint, "never_empty": True, "think_end": think_end}
+        return dataclasses.replace(request, **{**bound, "stable": self.chat_template.stable(prompt), **changes})
 
     def answer(self, prompt: Prompt, request: Request) -> Iterator[Event]:
         """The events of a request made by `request`: parts of the answer, then `Done`."""
