@@ -34,6 +34,7 @@ class Sequence:
     draft_from: int = 0  # the draft stage's window holds positions draft_from..draft_to
     draft_to: int = 0
     written: int = 0  # rows were written up to here, those of rejected drafts included
+    state_from: int = 0  # where state was put or rebuilt: nothing is kept that only a shorter length needs
     is_broken: bool = False  # a step failed after some layers had overwritten rows that earlier positions need
 
     @property
@@ -98,7 +99,8 @@ class Runner:
 
     def can_rewind(self, sequence: Sequence, length: int) -> bool:
         """Whether the rings still hold what a sequence cut back to `length` tokens needs."""
-        return 0 <= length <= sequence.length and length >= sequence.written - self.num_drafts
+        least = max(0, sequence.state_from, sequence.written - self.num_drafts)
+        return least <= length <= sequence.length
 
     def snapshot(self, sequence: Sequence, length: int | None = None) -> Snapshot:
         """The state of a sequence, copied to the host; after `length` tokens, where `can_rewind` says so."""
@@ -116,7 +118,7 @@ class Runner:
         # Rows since the last block are in the snapshot, and are written with it.
         self.pool.prepare(sequence.holding, snapshot.length // BLOCK_TOKENS * BLOCK_TOKENS, snapshot.length)
         put_snapshot(self.pool, sequence.holding, snapshot)
-        sequence.length = sequence.written = snapshot.length
+        sequence.length = sequence.written = sequence.state_from = snapshot.length
         sequence.draft_to = max(0, snapshot.length - 1)
         sequence.draft_from = min(snapshot.draft_from, sequence.draft_to)
         sequence.is_broken = False
@@ -241,7 +243,7 @@ class Runner:
                 step, streams = self._replay_trunk(sequence, ids, low, high, starts, floors, stop)
                 if self.has_drafts and streams is not None:
                     self._replay_draft(sequence, ids, step, streams, before)
-        sequence.length = sequence.written = stop
+        sequence.length = sequence.written = sequence.state_from = stop
         sequence.is_broken = False
         sequence.draft_from, sequence.draft_to = min(before, stop - 1), stop - 1
         return sum(stop - start for start in starts) / num_layers
