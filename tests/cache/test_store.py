@@ -1,0 +1,288 @@
+"""Session files: they come back bit for bit, or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+import struct
+
+import msgspec
+import pytest
+import torch
+import xxhash
+
+from pyrosome.cache import store
+from pyrosome.cache.pool import CachePool
+from pyrosome.cache.state import put_snapshot
+from pyrosome.cache.store import open_session, save_session
+from pyrosome.engine.runner import Runner
+from pyrosome.errors import CheckpointError, ContextTooLong, DoesNotFit, TruncatedFile, UnsupportedFormat
+from pyrosome.testing.shapes import tiny
+from tests.networks import network, tokens
+
+CONFIG = tiny((0, 4, 128))
+IDS = tokens(700)
+PRINT = "f" * 64
+
+
+def runner_of(kv_format: str = "f32", max_context: int = 900) -> Runner:
+    runner = Runner(network(CONFIG), kv_format, 3, max_context, num_drafts=2)
+    runner.pool.poison()
+    return runner
+
+
+def saved(path, length: int = 300, known: int | None = None, runner: Runner | None = None, **changes):
+    """A file of a session of so many computed tokens, and a few that are known beyond; returns the runner."""
+    runner = runner or runner_of()
+    sequence = runner.open()
+    if length:
+        runner.step([(sequence, IDS[:length])])
+    ids = IDS[: length + 3 if known is None else known]
+    size = save_session(
+        path, runner.pool, sequence.holding.pages, ids, runner.snapshot(sequence), **{"fingerprint": PRINT, **changes}
+    )
+    assert size == path.stat().st_size
+    runner.close(sequence)
+    return runner
+
+
+def loaded(path, pool: CachePool):
+    """(ids, length, next state) of a file, in a holding of its own that is given back if it fails."""
+    found = open_session(path, fingerprint=PRINT)
+    holding = pool.open()
+    try:
+        snapshot = found.load(pool, holding)
+        pool.prepare(holding, snapshot.length // 128 * 128, snapshot.length)
+        put_snapshot(pool, holding, snapshot)
+    except BaseException:
+        pool.release(holding)
+        raise
+    return found, snapshot, holding
+
+
+def free(pool: CachePool):
+    return pool.num_free_slots, {r: pool.num_free_pages(r) for r in pool.ratios}
+
+
+@pytest.mark.parametrize("kv_format", ["f32", "bf16"])
+@pytest.mark.parametrize("length", [0, 1, 127, 128, 129, 300, 512, 640])
+def test_what_was_saved_comes_back_bit_for_bit(tmp_path, monkeypatch, length, kv_format):
+    monkeypatch.setattr(store, "CHUNK_BYTES", 40_000)  # several chunks
+    path = tmp_path / "a.session"
+    saved(path, length, runner=runner_of(kv_format), extra={"messages": [{"content": "é"}]})
+    assert os.listdir(tmp_path) == ["a.session"] and oct(path.stat().st_mode)[-2:] == "00", "nobody else reads it"
+    other = runner_of(kv_format, 1500)
+    before = free(other.pool)
+    found, snapshot, holding = loaded(path, other.pool)
+    assert (found.ids, found.length) == (IDS[: length + 3], length)
+    assert found.about.extra == {"messages": [{"content": "é"}]}
+    # The same file again, from where it came to.
+    again = tmp_path / "b.session"
+    save_session(again, other.pool, holding.pages, found.ids, snapshot, fingerprint=PRINT, extra=found.about.extra)
+    assert again.read_bytes() == path.read_bytes()
+    other.pool.release(holding)
+    assert free(other.pool) == before
+
+
+def test_a_session_that_was_only_said_and_never_computed_is_saved_too(tmp_path):
+    for ids in ([], IDS[:5]):
+        saved(tmp_path / "a.session", 0, len(ids))
+        found = open_session(tmp_path / "a.session", fingerprint=PRINT)
+        assert (found.ids, found.length) == (ids, 0)
+
+
+def test_what_is_loaded_goes_on_as_what_was_saved(tmp_path):
+    runner = runner_of()
+    sequence = runner.open()
+    runner.step([(sequence, IDS[:301])])
+    path = tmp_path / "a.session"
+    save_session(path, runner.pool, sequence.holding.pages, IDS[:301], runner.snapshot(sequence), fingerprint=PRINT)
+    expected = runner.step([(sequence, IDS[301:400])], every_row=True)[0]
+    other = runner_of()
+    there = other.open()
+    other.restore(there, open_session(path, fingerprint=PRINT).load(other.pool, there.holding))
+    assert torch.equal(other.step([(there, IDS[301:400])], every_row=True)[0], expected)
+
+
+# Damage
+
+REFUSALS = (CheckpointError, TruncatedFile, UnsupportedFormat)
+
+
+def sections(path) -> dict[str, tuple[int, int]]:
+    """(begin, end) of each part of a file, as docs/session-file.md has it."""
+    raw = path.read_bytes()
+    (length,) = struct.unpack_from("<Q", raw, 24)
+    about = msgspec.json.decode(raw[48 : 48 + length])
+
+    def aligned(at):
+        return -(-at // 4096) * 4096
+
+    ids = aligned(48 + length)
+    state = aligned(ids + 4 * about["num_ids"])
+    blocks = aligned(state + about["snapshot"]["bytes"])
+    return {
+        "preamble": (0, 48), "header": (48, 48 + length), "ids": (ids, ids + 4 * about["num_ids"]),
+        "state": (state, state + about["snapshot"]["bytes"]), "blocks": (blocks, len(raw)),
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    path = tmp_path_factory.mktemp("whole") / "a.session"
+    saved(path)
+    return path
+
+
+@pytest.mark.parametrize("part", ["preamble", "header", "ids", "state", "blocks"])
+def test_every_flipped_bit_is_refused_and_nothing_is_held(tmp_path, whole, part):
+    runner, path = runner_of(), tmp_path / "a.session"
+    before, raw = free(runner.pool), whole.read_bytes()
+    begin, end = sections(whole)[part]
+    for at in sorted({*range(begin, end, max(1, (end - begin) // 48)), end - 1}):
+        path.write_bytes(raw[:at] + bytes([raw[at] ^ (1 << at % 8)]) + raw[at + 1 :])
+        with pytest.raises(REFUSALS, match=r"a\.session"):
+            loaded(path, runner.pool)
+        assert free(runner.pool) == before
+
+
+def test_every_length_short_of_the_whole_is_refused(tmp_path, whole):
+    runner, path, raw = runner_of(), tmp_path / "a.session", whole.read_bytes()
+    edges = {e + d for pair in sections(whole).values() for e in pair for d in (-1, 0, 1)}
+    for length in sorted(e for e in {*edges, *range(0, len(raw), 9973)} if 0 <= e < len(raw)):
+        path.write_bytes(raw[:length])
+        with pytest.raises(REFUSALS, match=r"a\.session"):
+            loaded(path, runner.pool)
+    path.write_bytes(raw[:-1])
+    with pytest.raises(TruncatedFile, match=f"has {len(raw) - 1} bytes and its header promises {len(raw)}"):
+        loaded(path, runner.pool)
+
+
+def test_a_file_that_shrinks_after_it_was_opened_is_refused(tmp_path, whole):
+    path, pool = tmp_path / "a.session", runner_of().pool
+    path.write_bytes(whole.read_bytes())
+    found, holding = open_session(path, fingerprint=PRINT), pool.open()
+    os.truncate(path, sections(path)["blocks"][0] + 100)
+    with pytest.raises(TruncatedFile, match="ends within blocks 0 to 2"):
+        found.load(pool, holding)
+
+
+def test_other_versions_models_and_shapes_are_told(tmp_path, whole):
+    raw, path = whole.read_bytes(), tmp_path / "a.session"
+    for at, value, kind, message in (
+        (0, b"X", UnsupportedFormat, "no saved session"),
+        (16, b"\x02", UnsupportedFormat, "version 2 and this one reads version 1"),
+        (20, b"\x01\x02\x03\x04", UnsupportedFormat, "version"),
+    ):
+        path.write_bytes(raw[:at] + value + raw[at + len(value) :])
+        with pytest.raises(kind, match=message):
+            open_session(path, fingerprint=PRINT)
+    with pytest.raises(CheckpointError, match="another model, numerics or kv_format"):
+        open_session(whole, fingerprint="0" * 64)
+    with pytest.raises(UnsupportedFormat, match="open the engine as it was"):
+        loaded(whole, runner_of("bf16").pool)
+    with pytest.raises(ContextTooLong):
+        loaded(whole, Runner(network(CONFIG), "f32", 1, 64, num_drafts=2).pool)
+
+
+HEADERS = {
+    "a count below zero": {"num_ids": -1},
+    "a count beyond all bounds": {"num_ids": 2**62},
+    "more blocks than tokens": {"num_blocks": 2**40},
+    "no blocks": {"num_blocks": 0},
+    "no chunk size": {"blocks_per_chunk": 0},
+    "a chunk size of all": {"blocks_per_chunk": 2**60},
+    "fewer checksums than chunks": {"xxh3": {"ids": "", "snapshot": "", "chunks": []}},
+    "state of more tokens than are known": {"snapshot": {"length": 900, "draft_from": 0, "bytes": 5}},
+    "another size of block": {"block_bytes": 2**50},
+    "a field of another type": {"fingerprint": 7},
+    "a field that is not known": {"more": 1},
+    "a field that is missing": {"drafts": msgspec.UNSET},
+}
+
+
+@pytest.mark.parametrize("change", HEADERS.values(), ids=HEADERS)
+def test_a_header_that_makes_no_sense_is_refused_though_its_checksum_is_right(tmp_path, whole, change):
+    raw, path = whole.read_bytes(), tmp_path / "a.session"
+    (length,) = struct.unpack_from("<Q", raw, 24)
+    about = {**msgspec.json.decode(raw[48 : 48 + length]), **change}
+    body = msgspec.json.encode({k: v for k, v in about.items() if v is not msgspec.UNSET})
+    head = struct.pack("<16sIIQ16s", store.MAGIC, 1, 0x01020304, len(body), xxhash.xxh3_128_digest(body))
+    path.write_bytes(head + body + raw[48 + length :])
+    pool = runner_of().pool
+    before = free(pool)
+    with pytest.raises(REFUSALS, match=r"a\.session"):
+        loaded(path, pool)
+    assert free(pool) == before
+
+
+@pytest.mark.parametrize("body", [b"", b"x", b"[]", b"null", b"{}", b"\xff\xfe", b'{"a":' * 5000])
+def test_a_header_that_is_none_is_refused(tmp_path, body):
+    path = tmp_path / "a.session"
+    path.write_bytes(
+        struct.pack("<16sIIQ16s", store.MAGIC, 1, 0x01020304, len(body), xxhash.xxh3_128_digest(body)) + body
+    )
+    with pytest.raises(CheckpointError, match="header"):
+        open_session(path, fingerprint=PRINT)
+
+
+def test_what_is_no_file_is_told(tmp_path):
+    for path in (tmp_path / "none", tmp_path, tmp_path / "none" / "deeper"):
+        with pytest.raises(CheckpointError, match="cannot be read"):
+            open_session(path, fingerprint=PRINT)
+    empty = tmp_path / "empty"
+    empty.write_bytes(b"")
+    with pytest.raises(UnsupportedFormat, match="no saved session"):
+        open_session(empty, fingerprint=PRINT)
+
+
+# Disks
+
+
+def fails_after(calls: int, number: int):
+    """`os.pwrite` that gives up after some calls, having written less than asked before."""
+    real, count = os.pwrite, [0]
+
+    def pwrite(handle, data, at):
+        count[0] += 1
+        if count[0] > calls:
+            raise OSError(number, os.strerror(number))
+        return real(handle, data[: max(1, len(data) // 2)], at)
+
+    return pwrite
+
+
+@pytest.mark.parametrize("calls", [0, 1, 5, 20])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO])
+def test_a_disk_that_gives_up_leaves_the_older_file_and_nothing_else(tmp_path, monkeypatch, whole, calls, number):
+    path = tmp_path / "a.session"
+    path.write_bytes(whole.read_bytes())
+    runner = runner_of()
+    before = free(runner.pool)
+    sequence = runner.open()
+    runner.step([(sequence, IDS[:500])])
+    monkeypatch.setattr(store.os, "pwrite", fails_after(calls, number))
+    kind = CheckpointError if number == errno.EIO else DoesNotFit
+    with pytest.raises(kind, match=r"a\.session"):
+        save_session(path, runner.pool, sequence.holding.pages, IDS, runner.snapshot(sequence), fingerprint=PRINT)
+    monkeypatch.undo()
+    assert path.read_bytes() == whole.read_bytes() and os.listdir(tmp_path) == ["a.session"]
+    save_session(path, runner.pool, sequence.holding.pages, IDS, runner.snapshot(sequence), fingerprint=PRINT)
+    assert open_session(path, fingerprint=PRINT).length == 500
+    runner.close(sequence)
+    assert free(runner.pool) == before
+
+
+def test_a_disk_that_takes_a_little_at_a_time_gets_all_of_it(tmp_path, monkeypatch, whole):
+    monkeypatch.setattr(store.os, "pwrite", fails_after(10**9, 0))
+    saved(tmp_path / "a.session")
+    assert (tmp_path / "a.session").read_bytes() == whole.read_bytes()
+
+
+def test_folders_that_cannot_be_written_are_told(tmp_path, monkeypatch):
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        saved(tmp_path / "none" / "a.session")
+    (tmp_path / "folder.session").mkdir()
+    with pytest.raises(CheckpointError, match="could not be written"):
+        saved(tmp_path / "folder.session")
+    assert os.listdir(tmp_path) == ["folder.session"]
