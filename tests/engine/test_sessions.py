@@ -1,0 +1,307 @@
+"""Sessions through the engine: kept, forked, cut back, saved, and going on as if every word had been said at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import os
+
+import pytest
+
+from pyrosome.cache import store
+from pyrosome.errors import CheckpointError, ContextTooLong, DoesNotFit, RequestError
+from tests.engine.engines import CONFIG, IDS, Eager, bytes_for, drain, engine_of, is_empty, request, run
+from tests.networks import agreeing_network
+
+
+def turn(session: str, name: str = "turn", ids=(), num_tokens: int = 6, **changes):
+    return dataclasses.replace(request(name, 0, num_tokens, session=session, logprobs=2, **changes), ids=tuple(ids))
+
+
+def says(engine, session, ids=(), **changes):
+    """What it says next."""
+    name = f"turn {engine.stats.requests}"
+    return run(engine, [turn(session, name, ids, **changes)])[name, 0]
+
+
+def plain(ids, net=None, **changes):
+    """What an engine without a past says to all ids at once."""
+    asked = dataclasses.replace(turn("", "plain", ids, **changes), session="")
+    return run(engine_of(net), [asked])["plain", 0].answer
+
+
+def opened(engine, length: int = 300, start: int = 0) -> str:
+    return engine.call("session_open", ids=IDS[start : start + length])
+
+
+def known(engine, session) -> list[int]:
+    return engine.call("session_ids", session=session)
+
+
+def free(engine):
+    pool = engine.runner.pool
+    return pool.num_free_slots, {r: pool.num_free_pages(r) for r in pool.ratios}
+
+
+# Going on
+
+
+def test_turns_go_on_from_one_another_and_compute_what_is_new():
+    engine, ids = engine_of(), IDS[:300]
+    session = engine.call("session_open", ids=ids)
+    for n in range(4):
+        computed = engine.stats.computed_tokens
+        new = IDS[400 + 10 * n : 407 + 10 * n] if n else []
+        said = says(engine, session, new)
+        ids = [*ids, *new]
+        assert said.answer == plain(ids)
+        assert engine.stats.computed_tokens - computed == (300 if not n else 1 + len(new)) + 5
+        ids += said.tokens
+        assert known(engine, session) == ids
+    assert engine.call("session_extend", session=session, ids=IDS[:3]) == len(ids) + 3
+    assert says(engine, session).answer == plain([*ids, *IDS[:3]])
+    engine.call("session_close", session=session)
+    assert is_empty(engine)
+
+
+def test_what_cannot_be_done_is_refused_and_changes_nothing():
+    engine = engine_of(max_context=400)
+    session = opened(engine)
+    empty = engine.call("session_open")
+    with pytest.raises(RequestError, match="empty prompt"):
+        engine.add(turn(empty))
+    with pytest.raises(RequestError, match="there is no session 'x'"):
+        engine.call("session_fork", session="x")
+    with pytest.raises(RequestError, match="there is no operation 'session_dance'"):
+        engine.call("session_dance")
+    for ids, kind in (([160], RequestError), (IDS[:101], ContextTooLong)):
+        with pytest.raises(kind):
+            engine.call("session_extend", session=session, ids=ids)
+        with pytest.raises(kind):
+            engine.add(turn(session, ids=ids))
+    with pytest.raises(RequestError, match="301 tokens were to be taken back and the session has 300"):
+        engine.call("session_rewind", session=session, num_tokens=301)
+    engine.add(turn(session, "busy"))
+    for name, arguments in (
+        ("session_fork", {}), ("session_extend", {"ids": [1]}), ("session_rewind", {"num_tokens": 1}),
+        ("session_save", {"path": "x"}), ("session_close", {}),
+    ):  # fmt: skip
+        with pytest.raises(RequestError, match="is generating"):
+            engine.call(name, session=session, **arguments)
+    with pytest.raises(RequestError, match="is generating"):
+        engine.add(turn(session, "second"))
+    assert drain(engine)["busy", 0].answer == plain(IDS[:300])
+
+
+@pytest.mark.parametrize("at", [0, 1, 2, 5])
+def test_what_was_said_until_an_abort_stays(at):
+    engine = engine_of()
+    session = opened(engine)
+    engine.add(turn(session, "turn"))
+    for _ in range(at):
+        engine.step()
+    engine.abort("turn")
+    (said,) = drain(engine).values()
+    whole = plain(IDS[:300])[0]
+    assert said.end.reason == "abort" and known(engine, session) == [*IDS[:300], *whole[: said.end.output_tokens]]
+    assert engine.sessions[session].track.num_pending
+    ids = known(engine, session)
+    assert says(engine, session).answer == plain(ids)
+
+
+def test_an_end_that_was_drafted_leaves_its_id_to_go_on_from(monkeypatch):
+    """The last token may be a draft that agreed: then it was computed, and its logits are needed again."""
+    monkeypatch.setattr("pyrosome.engine.drafting.Depth", Eager)
+    net = agreeing_network()
+    for most in range(3, 12):
+        engine = engine_of(net, drafter="mtp", max_drafts=4)
+        session = opened(engine, 40)
+        for n in range(4):
+            before = known(engine, session)
+            assert says(engine, session, num_tokens=most + n).answer == plain(before, net, num_tokens=most + n)
+            assert engine.sessions[session].track.num_pending == 1
+        assert engine.stats.accepted[0] > 0
+
+
+# Forks and rewinds
+
+
+@pytest.mark.parametrize("length", [1, 126, 127, 128, 129, 130, 131, 300])
+def test_a_fork_takes_nothing_until_one_of_the_two_goes_on(length):
+    engine = engine_of()
+    session = opened(engine, length)
+    says(engine, session)
+    before = free(engine)
+    twins = [engine.call("session_fork", session=session) for _ in range(5)]
+    assert free(engine) == before
+    ids = known(engine, session)
+    one = says(engine, twins[0], IDS[500:503])
+    assert one.answer == plain([*ids, *IDS[500:503]])
+    assert before[0] - free(engine)[0] == 1 and all(before[1][r] - n <= 1 for r, n in free(engine)[1].items())
+    assert says(engine, session).answer == says(engine, twins[1]).answer == plain(ids)
+    assert known(engine, twins[2]) == ids
+    for s in (session, *twins):
+        engine.call("session_close", session=s)
+    assert is_empty(engine)
+
+
+@pytest.mark.parametrize("parked", [False, True])
+def test_rewinds_of_any_length_at_rest_and_set_aside(parked):
+    for count in (0, 1, 2, 3, 4, 7, 127, 128, 129, 250, 306):
+        engine = engine_of()
+        session = opened(engine)
+        says(engine, session)
+        if parked:
+            assert engine.park_idle()
+        again = engine.call("session_rewind", session=session, num_tokens=count)
+        ids = known(engine, session)
+        assert ids == [*IDS[:300], *plain(IDS[:300])[0]][: 306 - count]
+        if ids:
+            computed = engine.stats.computed_tokens
+            assert says(engine, session, num_tokens=2).answer == plain(ids, num_tokens=2)
+            assert 1 <= engine.stats.computed_tokens - computed - 1 <= max(1, again)
+        else:
+            assert says(engine, session, IDS[:9]).answer == plain(IDS[:9])
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5])
+def test_a_rewind_just_after_coming_back_goes_no_further_than_its_state(tmp_path, count):
+    """What a state was copied for is all it has: one token less needs a row that is not there."""
+    engine = engine_of(max_sequences=3)
+    session = opened(engine)
+    says(engine, session)
+    path = str(tmp_path / "a.session")
+    engine.call("session_save", session=session, path=path)
+    ids = known(engine, session)[: 306 - count]
+    engine.park_idle()
+    for start in (600, 1000):  # somebody else's rows in every slot
+        other = opened(engine, 300, start)
+        says(engine, other)
+        engine.call("session_close", session=other)
+    engine.call("session_save", session=session, path=path)  # brings it in
+    restored = engine.call("session_restore", path=path)
+    for s in (session, restored):
+        engine.call("session_rewind", session=s, num_tokens=count)
+        assert says(engine, s).answer == plain(ids)
+
+
+# Memory
+
+
+def test_more_sessions_than_there_is_room_for_take_turns():
+    engine = engine_of(cache_bytes=bytes_for(CONFIG, 700, 2), max_sequences=2)
+    sessions = {opened(engine, 280, 300 * n): IDS[300 * n : 300 * n + 280] for n in range(6)}
+    for _ in range(3):
+        for session in sessions:
+            said = says(engine, session, num_tokens=3)
+            assert said.answer == plain(sessions[session], num_tokens=3)
+            sessions[session] = [*sessions[session], *said.tokens]
+    assert engine.stats.parks > 0
+    for session in sessions:
+        engine.call("session_close", session=session)
+    assert is_empty(engine)
+
+
+def test_a_session_set_aside_is_saved_though_all_else_is_full(tmp_path):
+    engine = engine_of(cache_bytes=bytes_for(CONFIG, 700, 2), max_sequences=2)
+    sessions = [opened(engine, 280, 300 * n) for n in range(4)]
+    for session in sessions:
+        says(engine, session)
+    for n, session in enumerate(sessions):
+        path = tmp_path / f"{n}.session"
+        engine.call("session_save", session=session, path=str(path))
+        ids = known(engine, session)
+        other = engine_of()
+        restored = other.call("session_restore", path=str(path))
+        assert known(other, restored) == ids and says(other, restored).answer == plain(ids)
+
+
+# Files
+
+
+@pytest.mark.parametrize("length", [0, 1, 127, 128, 300])
+def test_a_file_goes_on_in_another_engine(tmp_path, length):
+    path = str(tmp_path / "a.session")
+    engine = engine_of()
+    session = opened(engine, length)
+    if length:
+        says(engine, session)
+    notes = {"messages": [{"role": "user", "content": "é"}]}
+    assert engine.call("session_save", session=session, path=path, notes=notes) == os.path.getsize(path)
+    ids = known(engine, session)
+    for options in ({}, {"step_tokens": 40, "max_sequences": 1}, {"cache_bytes": 32 << 20, "drafter": "lookup"}):
+        other = engine_of(**options)
+        restored = other.call("session_restore", path=path)
+        assert known(other, restored) == ids and other.call("session_notes", session=restored) == notes
+        computed = other.stats.computed_tokens
+        assert says(other, restored, IDS[5:9]).answer == plain([*ids, *IDS[5:9]])
+        assert other.stats.computed_tokens - computed <= 5 + 5 or other.stats.drafted
+        other.call("session_close", session=restored)
+        assert is_empty(other)
+
+
+def test_what_came_from_a_file_is_a_prefix_for_others(tmp_path):
+    path = str(tmp_path / "a.session")
+    engine = engine_of()
+    session = opened(engine)
+    says(engine, session)
+    engine.call("session_save", session=session, path=path)
+    other = engine_of()
+    other.call("session_restore", path=path)
+    said = run(other, [request("r", 299)])["r", 0]
+    assert said.end.reuse.matched_tokens == 256
+    assert said.answer == run(engine_of(), [request("r", 299)])["r", 0].answer
+
+
+def test_a_file_that_does_not_fit_or_is_damaged_is_refused_and_nobody_is_harmed(tmp_path):
+    path = tmp_path / "a.session"
+    engine = engine_of()
+    engine.call("session_save", session=opened(engine, 1), path=str(path))
+    session = opened(engine)
+    says(engine, session)
+    engine.call("session_save", session=session, path=str(path))
+    with pytest.raises(ContextTooLong, match="305 tokens were asked for and the context holds 256"):
+        engine_of(max_context=256).call("session_restore", path=str(path))
+    raw = bytearray(path.read_bytes())
+    raw[-5] ^= 4
+    path.write_bytes(raw)
+    engine.add(request("other", 200, start=700))
+    before = free(engine)
+    with pytest.raises(CheckpointError, match="damaged"):
+        engine.call("session_restore", path=str(path))
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        engine.call("session_restore", path=str(tmp_path / "none"))
+    assert free(engine) == before and len(engine.sessions) == 2
+    assert drain(engine)["other", 0].answer == run(engine_of(), [request("other", 200, start=700)])["other", 0].answer
+
+
+def test_a_full_disk_refuses_the_save_and_the_session_goes_on(tmp_path, monkeypatch):
+    engine = engine_of()
+    session = opened(engine)
+    said = says(engine, session)
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(store.os, "pwrite", full)
+    with pytest.raises(DoesNotFit, match="the disk"):
+        engine.call("session_save", session=session, path=str(tmp_path / "a.session"))
+    monkeypatch.undo()
+    assert os.listdir(tmp_path) == []
+    assert says(engine, session).answer == plain([*IDS[:300], *said.tokens])
+
+
+def test_running_requests_leave_no_room_and_it_is_said(tmp_path):
+    path = str(tmp_path / "a.session")
+    engine = engine_of(max_sequences=1)
+    session = opened(engine)
+    says(engine, session)
+    engine.call("session_save", session=session, path=path)
+    engine.add(request("running", 200, 6, 700))
+    engine.step()
+    for name, arguments in (("session_save", {"session": session, "path": path}), ("session_restore", {"path": path})):
+        with pytest.raises(RequestError, match="no room beside what is running"):
+            engine.call(name, **arguments)
+    drain(engine)
+    restored = engine.call("session_restore", path=path)
+    assert says(engine, restored).answer == says(engine, session).answer
