@@ -1,0 +1,110 @@
+"""Many requests at once: against one at a time, and against transformers' `generate` on the same weights.
+
+    python -m bench.engine [--hf-python PATH | --no-hf] [--repeats N] [--quick] [--no-save]
+
+Prompts of 128 tokens, 64 tokens of output each, greedy, float32, one thread, CPU time.  Exit status 1 where 16 at once
+are less than 4 times as fast as one at a time on the built-in model, where a batch of 16 is less than 1.5 times as fast
+as transformers', or where the two do not say the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from bench import peers, records
+from pyrosome.checkpoint.index import open_checkpoint
+
+HERE = Path(__file__).parent
+COUNTS, LENGTH, NUM_TOKENS, BATCH = (1, 4, 16, 64), 128, 64, 16
+AT_ONCE, AGAINST_THEIRS = 4.0, 1.5  # the least that is promised
+
+
+def child(python: str, script: str, checkpoint: Path, folder: Path, *about: Any) -> dict[str, Any]:
+    """What one child process measured.
+
+    Raises:
+        SystemExit: it failed; what it said is on standard error.
+    """
+    answer = folder / f"{script}.json"
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    command = [python, HERE / script, checkpoint, answer, *(json.dumps(a) for a in about)]
+    if subprocess.run(command, env=env, check=False).returncode:
+        raise SystemExit(f"{script} failed under {python}; bench/README.md says what its environment needs")
+    found: dict[str, Any] = json.loads(answer.read_text())
+    return found
+
+
+def at_once(checkpoint: Path, folder: Path, num_tokens: int, repeats: int, drafter: str = "off") -> dict[str, Any]:
+    """Output tokens per CPU second by the number of requests at once, and each over that of one."""
+    found = child(sys.executable, "batch_ours.py", checkpoint, folder, COUNTS, LENGTH, num_tokens, repeats, drafter)
+    rate = {n: int(n) * num_tokens / statistics.median(s) for n, s in found["seconds"].items()}
+    # Repeats go round all counts: the ratio of each round is of one moment.
+    times = {
+        n: statistics.median(int(n) * one / many for one, many in zip(found["seconds"]["1"], s, strict=True))
+        for n, s in found["seconds"].items()
+    }
+    return {"tokens_per_cpu_s": rate, "times_one": times, "accepted": found["accepted"], "drafted": found["drafted"]}
+
+
+def against(python: str, checkpoint: Path, folder: Path, num_tokens: int, repeats: int, rounds: int) -> dict[str, Any]:
+    """Ours and theirs by turns, a batch of 16 of equal lengths."""
+    ours, theirs = [], []
+    for _ in range(rounds):
+        about = (checkpoint, folder, BATCH, LENGTH, num_tokens, repeats)
+        theirs.append(child(python, "batch_hf.py", *about))
+        ours.append(
+            child(sys.executable, "batch_ours.py", checkpoint, folder, [BATCH], LENGTH, num_tokens, repeats, "off")
+        )
+    our_s = statistics.median(s for o in ours for s in o["seconds"][str(BATCH)])
+    their_s = statistics.median(s for t in theirs for s in t["seconds"])
+    total = BATCH * num_tokens
+    same = [a == b for a, b in zip(ours[-1]["tokens"], theirs[-1]["tokens"], strict=True)]
+    return {
+        "ours": total / our_s, "theirs": total / their_s, "ratio": their_s / our_s, "same": sum(same),
+        "their_engine": theirs[0]["engine"], "their_torch": theirs[0]["torch"],
+    }  # fmt: skip
+
+
+def main() -> int:
+    """Measure, print, and keep a record; the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hf-python", default=os.environ.get("PYROSOME_HF_PYTHON", sys.executable),
+                        help="an interpreter with transformers (default: PYROSOME_HF_PYTHON, or this one)")  # fmt: skip
+    parser.add_argument("--no-hf", action="store_true", help="leave the comparison with transformers out")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--quick", action="store_true", help="one repeat, 8 tokens of output, nothing promised")
+    parser.add_argument("--no-save", action="store_true", help="leave bench/results/engine.jsonl alone")
+    args = parser.parse_args()
+    repeats, num_tokens, rounds = (1, 8, 1) if args.quick else (args.repeats, NUM_TOKENS, 2)
+    where = records.machine()
+    record: dict[str, Any] = {**where, "bench": "engine", "prompt": LENGTH, "output": num_tokens, "repeats": repeats}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder, nano = Path(scratch), open_checkpoint("builtin:nano").path
+        peers.make_checkpoint(small := folder / "checkpoint")
+        for name, checkpoint, drafter in (("nano", nano, "off"), ("nano, drafts", nano, "mtp"), ("44M", small, "off")):
+            found = record[name] = at_once(checkpoint, folder, num_tokens, repeats, drafter)
+            print(f"{name}: output tokens per CPU second, and times one at a time")
+            for n, rate in found["tokens_per_cpu_s"].items():
+                print(f"{int(n):6d} at once {rate:10,.1f} {found['times_one'][n]:8.2f}")
+        if not args.no_hf:
+            them = record["batch of 16"] = against(args.hf_python, small, folder, num_tokens, repeats, rounds)
+            print(f"44M, a batch of {BATCH}: ours {them['ours']:,.1f}, {them['their_engine']} {them['theirs']:,.1f} "
+                  f"a CPU second, ratio {them['ratio']:.2f}; {them['same']} of {BATCH} say the same")  # fmt: skip
+    if not args.no_save:
+        records.append(HERE / "results" / "engine.jsonl", record)
+    if args.quick:
+        return 0
+    kept = record["nano"]["times_one"]["16"] >= AT_ONCE
+    return 0 if kept and (args.no_hf or (them["ratio"] >= AGAINST_THEIRS and them["same"] == BATCH)) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
