@@ -24,7 +24,7 @@ def test_requests_of_a_batch_say_what_each_says_alone_and_nothing_is_reused(monk
     monkeypatch.syspath_prepend(engine.HERE)  # as a child process runs it
     run = importlib.import_module("batch_ours").run
     made = load_model("builtin:nano").engine(EngineOptions(max_sequences=3, cache_bytes=8 << 20))
-    ids = [100 + i % 300 for i in range(3 * 130)]
+    ids = [10 + i % 300 for i in range(3 * 130)]
     together = run(made, ids, 3, 130, 4, "a")
     assert together == run(made, ids, 3, 130, 4, "b") and together[:1] == run(made, ids, 1, 130, 4, "c")
     assert made.current_stats().reused_tokens == 0 and all(len(said) == 4 for said in together)
