@@ -175,11 +175,13 @@ class SavedSession:
         starts, size = about.chunk_starts, about.block_bytes
         with open(self.path, "rb", buffering=0) as f, ThreadPoolExecutor(1) as reader:
             state = _read(f, self.path, sections["snapshot"], snapshot.bytes, sums.snapshot, "the state")
+            most = min(starts.step, about.num_blocks) if starts else 0
+            buffers = [torch.empty(most * size, dtype=torch.uint8) for _ in range(2)]
 
             def chunk(i: int) -> Tensor:
                 last = min(starts[i] + starts.step, about.num_blocks)
                 what, at = f"blocks {starts[i]} to {last}", sections["blocks"] + starts[i] * size
-                return _read(f, self.path, at, (last - starts[i]) * size, sums.chunks[i], what)
+                return _read(f, self.path, at, (last - starts[i]) * size, sums.chunks[i], what, buffers[i % 2])
 
             ahead: Future[Tensor] | None = reader.submit(chunk, 0) if starts else None
             for i, start in enumerate(starts):
@@ -265,10 +267,13 @@ def _write_chunks(
         _write_at(f, place, view)
         return checksum
 
+    # Two buffers by turns: one is filled while the other is on its way to the disk.
+    most = max((last - first for first, last in chunks), default=0)
+    buffers = [torch.empty(most, size, dtype=torch.uint8) for _ in range(2)]
     with ThreadPoolExecutor(1) as writer:
         behind: Future[str] | None = None
-        for first, last in chunks:
-            data = read_blocks(pool, pages, first, last)
+        for number, (first, last) in enumerate(chunks):
+            data = read_blocks(pool, pages, first, last, buffers[number % 2])
             if behind is not None:
                 yield behind.result()
             behind = writer.submit(write, data, at + first * size)
@@ -282,8 +287,10 @@ def _write_at(f: BinaryIO, at: int, data: memoryview) -> None:
         data, at = data[written:], at + written
 
 
-def _read(f: BinaryIO, path: Path, at: int, size: int, checksum: str, what: str) -> Tensor:
-    data = torch.empty(size, dtype=torch.uint8)
+def _read(
+    f: BinaryIO, path: Path, at: int, size: int, checksum: str, what: str, out: Tensor | None = None
+) -> Tensor:
+    data = torch.empty(size, dtype=torch.uint8) if out is None else out[:size]
     view, done = _bytes_of(data), 0
     while done < size:
         count = os.preadv(f.fileno(), [view[done:]], at + done)

@@ -62,11 +62,16 @@ def agent_trace(num_turns: int = 40, preamble: int = 20_000, total: int = 60_000
         ]  # fmt: skip
 
 
-def chat_trace(num_turns: int = 40, total: int = 30_000, seed: int = 0) -> Iterator[Turn]:
-    """A chat that thinks and has no tools: what was thought is left out of the turns that follow."""
+def chat_trace(num_turns: int = 40, preamble: int = 20_000, total: int = 50_000, seed: int = 0) -> Iterator[Turn]:
+    """A chat about a document that thinks and has no tools: what was thought is left out of the turns that follow.
+
+    Args:
+        preamble: characters of the system message, with the document.
+        total: characters of the last turn's messages, about; thoughts come to as many again, and are not sent.
+    """
     rng = random.Random(seed)
-    messages: list[dict[str, Any]] = []
-    room = total // num_turns
+    messages: list[dict[str, Any]] = [{"role": "system", "content": _prose(random.Random(-2), preamble)}]
+    room = max(90, total - preamble) // num_turns
     for _ in range(num_turns):
         messages.append({"role": "user", "content": _prose(rng, room // 3)})
         yield Turn([*messages], None)

@@ -1,0 +1,29 @@
+"""The benchmark of sessions runs, takes nothing of the cache for a fork, and writes what it reads back."""
+
+import torch
+
+from bench import session
+from pyrosome.cache.state import put_snapshot
+from pyrosome.cache.store import open_session
+
+
+def test_a_fork_takes_nothing_and_files_come_back(tmp_path):
+    pool, holding = session.filled(512)
+    fork = session.forks(pool, holding, 512, 3)
+    assert (fork["slots"], fork["pages"]) == (0, 0) and fork["worst_ms"] >= fork["median_ms"] > 0
+    found = session.files(pool, holding, 512, tmp_path, 2)
+    assert found["bytes"] == (tmp_path / "a.session").stat().st_size == (tmp_path / "plain").stat().st_size
+    assert all(len(each) == 2 for each in found["seconds"].values()) and min(found["gb_per_s"].values()) > 0
+    assert min(found["save_share"], found["restore_share"]) > 0
+    # What comes back is what was there.
+    there = pool.open()
+    put_snapshot(pool, there, open_session(tmp_path / "a.session", fingerprint=session.FINGERPRINT).load(pool, there))
+    for ratio, pages in holding.pages.items():
+        for (layer, name), planes in pool.planes.items():
+            if pool.streams[layer][name].is_history and pool.streams[layer][name].per_tokens == ratio:
+                rows = 512 // ratio
+                for plane in planes:
+                    ours, theirs = (
+                        plane.view(-1, 64, plane.shape[-1])[p].flatten(0, 1)[:rows] for p in (pages, there.pages[ratio])
+                    )
+                    assert torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))
