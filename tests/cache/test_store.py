@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import itertools
+import json
 import os
 import struct
 
@@ -23,6 +26,7 @@ from tests.networks import network, tokens
 CONFIG = tiny((0, 4, 128))
 IDS = tokens(700)
 PRINT = "f" * 64
+LENGTH = 400
 
 
 def runner_of(kv_format: str = "f32", max_context: int = 900) -> Runner:
@@ -65,7 +69,7 @@ def free(pool: CachePool):
 
 
 @pytest.mark.parametrize("kv_format", ["f32", "bf16"])
-@pytest.mark.parametrize("length", [0, 1, 127, 128, 129, 300, 512, 640])
+@pytest.mark.parametrize("length", [0, 1, 127, 128, 129, 255, 256, 300, 512, 640])
 def test_what_was_saved_comes_back_bit_for_bit(tmp_path, monkeypatch, length, kv_format):
     monkeypatch.setattr(store, "CHUNK_BYTES", 40_000)  # several chunks
     path = tmp_path / "a.session"
@@ -121,20 +125,41 @@ def sections(path) -> dict[str, tuple[int, int]]:
     ids = aligned(48 + length)
     state = aligned(ids + 4 * about["num_ids"])
     blocks = aligned(state + about["snapshot"]["bytes"])
+    size = about["block_bytes"] * about["blocks_per_chunk"]
+    starts = range(blocks, len(raw), size)
     return {
         "preamble": (0, 48), "header": (48, 48 + length), "ids": (ids, ids + 4 * about["num_ids"]),
-        "state": (state, state + about["snapshot"]["bytes"]), "blocks": (blocks, len(raw)),
+        "state": (state, state + about["snapshot"]["bytes"]),
+        **{f"chunk {i}": (at, min(at + size, len(raw))) for i, at in enumerate(starts)},
     }  # fmt: skip
+
+
+@pytest.fixture
+def one_block_a_chunk(monkeypatch):
+    monkeypatch.setattr(store, "CHUNK_BYTES", 1)
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
+    """Three blocks, each a chunk, and 16 tokens beyond."""
     path = tmp_path_factory.mktemp("whole") / "a.session"
-    saved(path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store, "CHUNK_BYTES", 1)
+        saved(path, LENGTH)
     return path
 
 
-@pytest.mark.parametrize("part", ["preamble", "header", "ids", "state", "blocks"])
+def with_header(raw: bytes, body: bytes) -> bytes:
+    """A file with another header, its checksum right, and everything else where that header has it."""
+    (length,) = struct.unpack_from("<Q", raw, 24)
+    head = struct.pack("<16sIIQ16s", store.MAGIC, 1, 0x01020304, len(body), xxhash.xxh3_128_digest(body)) + body
+    return head + bytes(-len(head) % 4096) + raw[-(-(48 + length) // 4096) * 4096 :]
+
+
+PARTS = ["preamble", "header", "ids", "state", "chunk 0", "chunk 1", "chunk 2"]
+
+
+@pytest.mark.parametrize("part", PARTS)
 def test_every_flipped_bit_is_refused_and_nothing_is_held(tmp_path, whole, part):
     runner, path = runner_of(), tmp_path / "a.session"
     before, raw = free(runner.pool), whole.read_bytes()
@@ -144,6 +169,36 @@ def test_every_flipped_bit_is_refused_and_nothing_is_held(tmp_path, whole, part)
         with pytest.raises(REFUSALS, match=r"a\.session"):
             loaded(path, runner.pool)
         assert free(runner.pool) == before
+
+
+def test_what_is_between_the_parts_means_nothing(tmp_path, whole):
+    """No checksum covers the bytes up to the next multiple of 4,096, and nobody reads them."""
+    raw, path, pool = bytearray(whole.read_bytes()), tmp_path / "a.session", runner_of().pool
+    places = sections(whole)
+    assert list(places) == PARTS
+    edges = [0, *(e for pair in places.values() for e in pair)]
+    gaps = [(a, b) for a, b in itertools.pairwise(edges) if a < b and (a, b) not in places.values()]
+    assert len(gaps) == 3
+    for begin, end in gaps:
+        assert end - begin < 4096 and not any(raw[begin:end])
+        raw[begin:end] = b"\xff" * (end - begin)
+    path.write_bytes(raw)
+    found, snapshot, holding = loaded(path, pool)
+    again = tmp_path / "b.session"
+    save_session(again, pool, holding.pages, found.ids, snapshot, fingerprint=PRINT)
+    assert open_session(again, fingerprint=PRINT).about.xxh3.ids == found.about.xxh3.ids
+    assert open_session(again, fingerprint=PRINT).about.xxh3.snapshot == found.about.xxh3.snapshot
+    pool.release(holding)
+
+
+def test_chunks_that_changed_places_are_refused(tmp_path, whole):
+    raw, path, pool = whole.read_bytes(), tmp_path / "a.session", runner_of().pool
+    (a, b), (_, c) = (sections(whole)[part] for part in ("chunk 0", "chunk 1"))
+    path.write_bytes(raw[:a] + raw[b:c] + raw[a:b] + raw[c:])
+    before = free(pool)
+    with pytest.raises(CheckpointError, match=r"blocks 0 to 1 in .* are damaged"):
+        loaded(path, pool)
+    assert free(pool) == before
 
 
 def test_every_length_short_of_the_whole_is_refused(tmp_path, whole):
@@ -162,9 +217,29 @@ def test_a_file_that_shrinks_after_it_was_opened_is_refused(tmp_path, whole):
     path, pool = tmp_path / "a.session", runner_of().pool
     path.write_bytes(whole.read_bytes())
     found, holding = open_session(path, fingerprint=PRINT), pool.open()
-    os.truncate(path, sections(path)["blocks"][0] + 100)
-    with pytest.raises(TruncatedFile, match="ends within blocks 0 to 2"):
+    os.truncate(path, sections(path)["chunk 1"][0] + 100)
+    with pytest.raises(TruncatedFile, match="ends within blocks 1 to 2"):
         found.load(pool, holding)
+    path.unlink()
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        found.load(pool, holding)
+
+
+@pytest.mark.parametrize("calls", range(5))
+def test_a_disk_that_cannot_be_read_is_told_and_nothing_is_held(whole, monkeypatch, calls):
+    """The ids, the state, and each of three chunks."""
+    pool, left = runner_of().pool, iter(range(calls))
+    before, real = free(pool), os.preadv
+
+    def preadv(*args):
+        if next(left, None) is None:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(*args)
+
+    monkeypatch.setattr(store.os, "preadv", preadv)
+    with pytest.raises(CheckpointError, match=r"a\.session cannot be read: .*Input/output error"):
+        loaded(whole, pool)
+    assert free(pool) == before
 
 
 def test_other_versions_models_and_shapes_are_told(tmp_path, whole):
@@ -185,15 +260,31 @@ def test_other_versions_models_and_shapes_are_told(tmp_path, whole):
         loaded(whole, Runner(network(CONFIG), "f32", 1, 64, num_drafts=2).pool)
 
 
+BEYOND = {"num_ids": 2**71, "num_blocks": 2**64, "block_bytes": 1, "blocks_per_chunk": 1}
 HEADERS = {
     "a count below zero": {"num_ids": -1},
     "a count beyond all bounds": {"num_ids": 2**62},
+    "counts that fit each other beyond all bounds": {
+        **BEYOND,
+        "snapshot": {"length": 2**71, "draft_from": 0, "bytes": 5},
+    },
+    "counts that fit each other beyond every disk": {
+        **BEYOND,
+        "num_ids": 2**45,
+        "num_blocks": 2**38,
+        "snapshot": {"length": 2**45, "draft_from": 0, "bytes": 5},
+    },
     "more blocks than tokens": {"num_blocks": 2**40},
     "no blocks": {"num_blocks": 0},
     "no chunk size": {"blocks_per_chunk": 0},
     "a chunk size of all": {"blocks_per_chunk": 2**60},
     "fewer checksums than chunks": {"xxh3": {"ids": "", "snapshot": "", "chunks": []}},
     "state of more tokens than are known": {"snapshot": {"length": 900, "draft_from": 0, "bytes": 5}},
+    "fewer tokens than are computed": {"num_ids": 399},
+    "a draft stage's window from beyond the end": {"snapshot": {"length": 400, "draft_from": 401, "bytes": 5}},
+    "another size of state": {"snapshot": {"length": 400, "draft_from": 0, "bytes": 5}},
+    "state beyond every disk": {"snapshot": {"length": 400, "draft_from": 0, "bytes": 2**45}},
+    "a checksum that is none": {"xxh3": {"ids": "x", "snapshot": "", "chunks": ["", "", ""]}},
     "another size of block": {"block_bytes": 2**50},
     "a field of another type": {"fingerprint": 7},
     "a field that is not known": {"more": 1},
@@ -206,9 +297,7 @@ def test_a_header_that_makes_no_sense_is_refused_though_its_checksum_is_right(tm
     raw, path = whole.read_bytes(), tmp_path / "a.session"
     (length,) = struct.unpack_from("<Q", raw, 24)
     about = {**msgspec.json.decode(raw[48 : 48 + length]), **change}
-    body = msgspec.json.encode({k: v for k, v in about.items() if v is not msgspec.UNSET})
-    head = struct.pack("<16sIIQ16s", store.MAGIC, 1, 0x01020304, len(body), xxhash.xxh3_128_digest(body))
-    path.write_bytes(head + body + raw[48 + length :])
+    path.write_bytes(with_header(raw, json.dumps({k: v for k, v in about.items() if v is not msgspec.UNSET}).encode()))
     pool = runner_of().pool
     before = free(pool)
     with pytest.raises(REFUSALS, match=r"a\.session"):
@@ -216,12 +305,24 @@ def test_a_header_that_makes_no_sense_is_refused_though_its_checksum_is_right(tm
     assert free(pool) == before
 
 
-@pytest.mark.parametrize("body", [b"", b"x", b"[]", b"null", b"{}", b"\xff\xfe", b'{"a":' * 5000])
+@pytest.mark.parametrize("spaces", [0, 10, 5000])
+def test_a_header_may_be_spelt_another_way(tmp_path, whole, spaces):
+    """Where the sections begin follows from its bytes, not from how this version would have written it."""
+    raw, path, pool = whole.read_bytes(), tmp_path / "a.session", runner_of().pool
+    (length,) = struct.unpack_from("<Q", raw, 24)
+    path.write_bytes(with_header(raw, raw[48 : 48 + length] + b" " * spaces))
+    found, _, holding = loaded(path, pool)
+    assert (found.ids, found.length) == (IDS[: LENGTH + 3], LENGTH)
+    pool.release(holding)
+
+
+DEEP = b'{"extra":' + b'{"a":' * 50_000 + b"1" + b"}" * 50_001
+
+
+@pytest.mark.parametrize("body", [b"", b"x", b"[]", b"null", b"{}", b"\xff\xfe", b'{"a":' * 5000, DEEP])
 def test_a_header_that_is_none_is_refused(tmp_path, body):
     path = tmp_path / "a.session"
-    path.write_bytes(
-        struct.pack("<16sIIQ16s", store.MAGIC, 1, 0x01020304, len(body), xxhash.xxh3_128_digest(body)) + body
-    )
+    path.write_bytes(with_header(bytes(4096), body))
     with pytest.raises(CheckpointError, match="header"):
         open_session(path, fingerprint=PRINT)
 
@@ -263,19 +364,79 @@ def test_a_disk_that_gives_up_leaves_the_older_file_and_nothing_else(tmp_path, m
     runner.step([(sequence, IDS[:500])])
     monkeypatch.setattr(store.os, "pwrite", fails_after(calls, number))
     kind = CheckpointError if number == errno.EIO else DoesNotFit
-    with pytest.raises(kind, match=r"a\.session"):
+    with pytest.raises(kind, match=r"a\.session") as caught:
         save_session(path, runner.pool, sequence.holding.pages, IDS, runner.snapshot(sequence), fingerprint=PRINT)
     monkeypatch.undo()
     assert path.read_bytes() == whole.read_bytes() and os.listdir(tmp_path) == ["a.session"]
-    save_session(path, runner.pool, sequence.holding.pages, IDS, runner.snapshot(sequence), fingerprint=PRINT)
+    size = save_session(path, runner.pool, sequence.holding.pages, IDS, runner.snapshot(sequence), fingerprint=PRINT)
     assert open_session(path, fingerprint=PRINT).length == 500
+    assert kind is CheckpointError or caught.value.needed_bytes == size
     runner.close(sequence)
     assert free(runner.pool) == before
 
 
+@pytest.mark.parametrize("name", ["fsync", "replace", "ftruncate"])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
+def test_a_disk_that_gives_up_at_the_end_leaves_the_older_file_and_nothing_else(
+    tmp_path, monkeypatch, whole, name, number
+):
+    path = tmp_path / "a.session"
+    path.write_bytes(whole.read_bytes())
+
+    def fails(*args):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(store.os, name, fails)
+    with pytest.raises(DoesNotFit if number == errno.ENOSPC else CheckpointError, match=r"a\.session"):
+        saved(path, 200)
+    monkeypatch.undo()
+    assert path.read_bytes() == whole.read_bytes() and os.listdir(tmp_path) == ["a.session"]
+
+
+class Killed(BaseException):
+    """The process is no more."""
+
+
+def dies_at(monkeypatch, call: int) -> None:
+    """Let the process end before that call to the system, and at every one after it: nothing is tidied up."""
+    left = iter(range(call))
+
+    def mortal(real):
+        def run(*args):
+            if next(left, None) is None:
+                raise Killed
+            return real(*args)
+
+        return run
+
+    for name in ("posix_fallocate", "pwrite", "ftruncate", "fsync", "replace", "unlink"):
+        monkeypatch.setattr(store.os, name, mortal(getattr(os, name)))
+
+
+@pytest.mark.usefixtures("one_block_a_chunk")
+def test_a_process_that_dies_at_any_call_leaves_the_older_file_or_the_newer(tmp_path):
+    path, newer = tmp_path / "a.session", tmp_path / "newer.session"
+    saved(newer, 520)
+    runner, seen, most = runner_of(), [], 40
+    for call in range(most):
+        saved(path, 130, runner=runner)
+        older = path.read_bytes()
+        with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Killed):
+            dies_at(patch, call)
+            saved(path, 520, runner=runner_of())
+        seen.append(path.read_bytes() == newer.read_bytes())
+        assert seen[-1] or path.read_bytes() == older
+        found, _, holding = loaded(path, runner.pool)
+        assert (found.ids, found.length) in ((IDS[:133], 130), (IDS[:523], 520))
+        runner.pool.release(holding)
+    assert seen == sorted(seen) and not seen[0] and seen.count(False) > 8, "older ones until it is renamed"
+    assert any(name.startswith(".a.session.") for name in os.listdir(tmp_path)), "which hinders no later save"
+
+
+@pytest.mark.usefixtures("one_block_a_chunk")
 def test_a_disk_that_takes_a_little_at_a_time_gets_all_of_it(tmp_path, monkeypatch, whole):
     monkeypatch.setattr(store.os, "pwrite", fails_after(10**9, 0))
-    saved(tmp_path / "a.session")
+    saved(tmp_path / "a.session", LENGTH)
     assert (tmp_path / "a.session").read_bytes() == whole.read_bytes()
 
 

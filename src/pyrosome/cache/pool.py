@@ -175,12 +175,12 @@ class CachePool:
         """Make positions start..stop of a sequence writable: a slot and pages of its own, all or nothing.
 
         Args:
-            with_slot: a slot too, if it has none of its own; else history alone is to be written, of a sequence whose
-                state is not in the pool.
+            with_slot: a slot too, if it has none of its own; else history alone is to be written, of a sequence that
+                shares its slot with nobody.
         """
         self._check(holding)
-        if holding.slot and not with_slot:
-            raise CacheInvariantBroken("history was to be brought in beside a state of another length; leave its slot")
+        if holding.slot and not with_slot and not self._owns_slot(holding):
+            raise CacheInvariantBroken("history was to be brought in beside a state that others share; leave its slot")
         if stop > self.max_context:
             raise ContextTooLong(stop, self.max_context, "shorten the prompt or open the pool with a larger context")
         if missing := self.shortage(holding, start, stop, with_slot=with_slot):

@@ -36,7 +36,8 @@ _PREAMBLE = struct.Struct("<16sIIQ16s")  # magic, version, byte order, bytes of 
 ALIGNMENT = 4096
 CHUNK_BYTES = 32 << 20  # of blocks read, checked and written at once
 _AGAIN = "save it again, or compute the session anew from its text"
-_Count = Annotated[int, msgspec.Meta(ge=0)]
+_MOST = 1 << 48  # of anything that a header counts: a length beyond 63 bits would be an OverflowError
+_Count = Annotated[int, msgspec.Meta(ge=0, le=_MOST)]
 
 
 class _State(msgspec.Struct, forbid_unknown_fields=True):
@@ -64,7 +65,7 @@ class _Header(msgspec.Struct, forbid_unknown_fields=True):
     block_bytes: _Count
     num_ids: _Count
     num_blocks: _Count
-    blocks_per_chunk: Annotated[int, msgspec.Meta(ge=1)]
+    blocks_per_chunk: Annotated[int, msgspec.Meta(ge=1, le=_MOST)]
     snapshot: _State
     xxh3: _Sums
     extra: dict[str, Any] = {}
@@ -78,7 +79,7 @@ class _Header(msgspec.Struct, forbid_unknown_fields=True):
     def fits_itself(self) -> bool:
         """Whether its counts can be those of one session."""
         return (
-            self.num_ids >= self.snapshot.length
+            self.num_ids >= self.snapshot.length >= self.snapshot.draft_from
             and self.num_blocks == self.snapshot.length // BLOCK_TOKENS
             and len(self.xxh3.chunks) == len(self.chunk_starts)
         )
@@ -149,6 +150,7 @@ class SavedSession:
     path: Path
     ids: list[int]
     about: _Header
+    sections: dict[str, int]
 
     @property
     def length(self) -> int:
@@ -171,9 +173,8 @@ class SavedSession:
                 f"cache has {expected}; open the engine as it was when the session was saved"
             )
         pool.prepare(holding, 0, self.length, with_slot=False)
-        sections = _sections(about, len(_header(about)))
-        starts, size = about.chunk_starts, about.block_bytes
-        with open(self.path, "rb", buffering=0) as f, ThreadPoolExecutor(1) as reader:
+        sections, starts, size = self.sections, about.chunk_starts, about.block_bytes
+        with _readable(self.path), open(self.path, "rb", buffering=0) as f, ThreadPoolExecutor(1) as reader:
             state = _read(f, self.path, sections["snapshot"], snapshot.bytes, sums.snapshot, "the state")
             most = min(starts.step, about.num_blocks) if starts else 0
             buffers = [torch.empty(most * size, dtype=torch.uint8) for _ in range(2)]
@@ -201,22 +202,27 @@ def open_session(path: str | Path, *, fingerprint: str) -> SavedSession:
         UnsupportedFormat: it is no session, or of another version.
     """
     path = Path(path)
+    with _readable(path), open(path, "rb", buffering=0) as f:
+        about, header_bytes = _read_header(f, path)
+        if about.fingerprint != fingerprint:
+            raise CheckpointError(
+                f"{path} was saved with another model, numerics or kv_format (fingerprint "
+                f"{about.fingerprint[:16]}, here {fingerprint[:16]}); open it with the one it was saved with"
+            )
+        sections = _sections(about, header_bytes)
+        found = os.fstat(f.fileno()).st_size
+        if found < sections["end"]:
+            raise TruncatedFile(f"{path} has {found} bytes and its header promises {sections['end']}; {_AGAIN}")
+        ids = _read(f, path, sections["ids"], 4 * about.num_ids, about.xxh3.ids, "the tokens")
+    return SavedSession(path, ids.view(torch.int32).tolist(), about, sections)
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
     try:
-        with open(path, "rb", buffering=0) as f:
-            about = _read_header(f, path)
-            if about.fingerprint != fingerprint:
-                raise CheckpointError(
-                    f"{path} was saved with another model, numerics or kv_format (fingerprint "
-                    f"{about.fingerprint[:16]}, here {fingerprint[:16]}); open it with the one it was saved with"
-                )
-            sections = _sections(about, len(_header(about)))
-            found = os.fstat(f.fileno()).st_size
-            if found < sections["end"]:
-                raise TruncatedFile(f"{path} has {found} bytes and its header promises {sections['end']}; {_AGAIN}")
-            ids = _read(f, path, sections["ids"], 4 * about.num_ids, about.xxh3.ids, "the tokens")
+        yield
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}; give a file that Session.save wrote") from None
-    return SavedSession(path, ids.view(torch.int32).tolist(), about)
 
 
 def _header(about: _Header) -> bytes:
@@ -224,7 +230,7 @@ def _header(about: _Header) -> bytes:
     return _PREAMBLE.pack(MAGIC, VERSION, _LITTLE_ENDIAN, len(body), xxhash.xxh3_128_digest(body)) + body
 
 
-def _read_header(f: BinaryIO, path: Path) -> _Header:
+def _read_header(f: BinaryIO, path: Path) -> tuple[_Header, int]:
     raw = f.read(_PREAMBLE.size)
     if len(raw) < _PREAMBLE.size or not raw.startswith(MAGIC):
         raise UnsupportedFormat(f"{path} is no saved session; give a file that Session.save wrote")
@@ -236,11 +242,11 @@ def _read_header(f: BinaryIO, path: Path) -> _Header:
     body = f.read(length)
     try:
         about = msgspec.json.decode(body, type=_Header) if xxhash.xxh3_128_digest(body) == checksum else None
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, RecursionError):
         about = None
     if about is None or not about.fits_itself:
         raise CheckpointError(f"the header of {path} is damaged; {_AGAIN}")
-    return about
+    return about, _PREAMBLE.size + length
 
 
 def _sections(about: _Header, header_bytes: int) -> dict[str, int]:
