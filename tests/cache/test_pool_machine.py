@@ -24,6 +24,7 @@ STEPS = int(os.environ.get("PYROSOME_FUZZ_STEPS", "10000"))
 STEPS_AT_ONCE = 100
 CONFIG = tiny((4, 8))  # pages of 256 and of 512 tokens
 MAX_CONTEXT = 1300
+MAX_OWNERS = 6
 WHO = st.integers(0, 7)
 
 
@@ -38,7 +39,11 @@ class Owner:
 
 
 class Pages(RuleBasedStateMachine):
-    @initialize(slots=st.sampled_from([2, 8, 8]), tokens=st.sampled_from([1300, 4000, 9000]), num_drafts=st.sampled_from([0, 3]))
+    @initialize(
+        slots=st.sampled_from([2, 6, 6]),
+        tokens=st.sampled_from([1300, 4000, 9000]),
+        num_drafts=st.sampled_from([0, 3]),
+    )
     def begin(self, slots, tokens, num_drafts):
         self.pool = CachePool(CONFIG, "f32", slots, MAX_CONTEXT, num_drafts=num_drafts, cache_tokens=tokens)
         self.pool.poison()
@@ -52,12 +57,14 @@ class Pages(RuleBasedStateMachine):
             if (spec := streams[layer][name]).is_history
         }
         self.ring = next(p[0] for (layer, name), p in self.pool.planes.items() if name == "window_kv")
+        self.open()
+        self.grow(who=0, count=300, with_slot=True)
 
     # What happens
 
     @rule()
     def open(self):
-        if len(self.owners) < 8:
+        if len(self.owners) < MAX_OWNERS:
             self.owners.append(Owner(self.pool.open(), 0, {r: [] for r in self.planes}, {}))
 
     @precondition(lambda self: self.owners)
@@ -101,10 +108,28 @@ class Pages(RuleBasedStateMachine):
         self.pool.truncate(o.holding, o.length)
 
     @precondition(lambda self: self.owners)
+    @rule(who=WHO, count=st.integers(1, 40), more=st.integers(1, 40))
+    def go_another_way(self, who, count, more):
+        """Cut back and go on at once: what was shared before must stay as it is for the others."""
+        self.cut_back(who=who, count=count)
+        self.grow(who=who, count=more, with_slot=True)
+
+    @precondition(lambda self: self.owners)
+    @rule(who=WHO, back=st.integers(0, 9), count=st.integers(1, 40), more=st.integers(1, 40), first=st.booleans())
+    def part(self, who, back, count, more, first):
+        """Fork twice, at two lengths; the first and the last go another way, one after the other."""
+        self.fork(who=who, back=0)
+        self.fork(who=who, back=back)
+        at = [who % len(self.owners), len(self.owners) - 1]
+        for each in at if first else at[::-1]:
+            self.go_another_way(who=each, count=count, more=more)
+            self.every_row_is_what_its_owner_wrote()
+
+    @precondition(lambda self: self.owners)
     @rule(who=WHO, back=st.integers(0, 9))
     def fork(self, who, back):
         o = self.one(who)
-        if len(self.owners) < 8:
+        if len(self.owners) < MAX_OWNERS:
             before = self.counts()
             length = max(0, o.length - back)
             twin = self.pool.fork(o.holding, length)
@@ -118,7 +143,7 @@ class Pages(RuleBasedStateMachine):
         """Another begins with whole blocks of it, as a prefix hit does."""
         o = self.one(who)
         length = min(blocks, o.length // BLOCK_TOKENS) * BLOCK_TOKENS
-        if len(self.owners) < 8:
+        if len(self.owners) < MAX_OWNERS:
             self.pool.seal(o.holding, length)
             pages = {r: held[: pages_for(length, r)] for r, held in o.holding.pages.items()}
             rows = {r: rows[: length // r] for r, rows in o.rows.items()}
