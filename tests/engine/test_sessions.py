@@ -9,6 +9,7 @@ import os
 import pytest
 
 from pyrosome.cache import store
+from pyrosome.cache.streams import pages_for
 from pyrosome.errors import CheckpointError, ContextTooLong, DoesNotFit, RequestError
 from tests.engine.engines import CONFIG, IDS, Eager, bytes_for, drain, engine_of, is_empty, request, run
 from tests.networks import agreeing_network
@@ -64,14 +65,26 @@ def test_turns_go_on_from_one_another_and_compute_what_is_new():
     assert is_empty(engine)
 
 
+OPERATIONS: dict[str, dict] = {
+    "session_ids": {}, "session_notes": {}, "session_fork": {}, "session_extend": {"ids": [1]},
+    "session_rewind": {"num_tokens": 1}, "session_save": {"path": "x"}, "session_close": {},
+}  # fmt: skip
+
+
 def test_what_cannot_be_done_is_refused_and_changes_nothing():
     engine = engine_of(max_context=400)
     session = opened(engine)
     empty = engine.call("session_open")
     with pytest.raises(RequestError, match="empty prompt"):
         engine.add(turn(empty))
-    with pytest.raises(RequestError, match="there is no session 'x'"):
-        engine.call("session_fork", session="x")
+    closed = engine.call("session_open", ids=IDS[:5])
+    engine.call("session_close", session=closed)
+    for gone in ("x", closed):
+        for name, arguments in OPERATIONS.items():
+            with pytest.raises(RequestError, match=f"there is no session '{gone}'"):
+                engine.call(name, session=gone, **arguments)
+        with pytest.raises(RequestError, match=f"there is no session '{gone}'"):
+            engine.add(turn(gone))
     with pytest.raises(RequestError, match="there is no operation 'session_dance'"):
         engine.call("session_dance")
     for ids, kind in (([160], RequestError), (IDS[:101], ContextTooLong)):
@@ -82,10 +95,7 @@ def test_what_cannot_be_done_is_refused_and_changes_nothing():
     with pytest.raises(RequestError, match="301 tokens were to be taken back and the session has 300"):
         engine.call("session_rewind", session=session, num_tokens=301)
     engine.add(turn(session, "busy"))
-    for name, arguments in (
-        ("session_fork", {}), ("session_extend", {"ids": [1]}), ("session_rewind", {"num_tokens": 1}),
-        ("session_save", {"path": "x"}), ("session_close", {}),
-    ):  # fmt: skip
+    for name, arguments in OPERATIONS.items():
         with pytest.raises(RequestError, match="is generating"):
             engine.call(name, session=session, **arguments)
     with pytest.raises(RequestError, match="is generating"):
@@ -109,6 +119,47 @@ def test_what_was_said_until_an_abort_stays(at):
     assert says(engine, session).answer == plain(ids)
 
 
+@pytest.mark.parametrize("drafter", ["off", "mtp"])
+@pytest.mark.parametrize("at", [1, 2, 3, 5])
+def test_a_turn_that_fails_half_way_never_was(monkeypatch, at, drafter):
+    """Its new ids take three steps; they and what it had said of its answer are taken back."""
+    monkeypatch.setattr("pyrosome.engine.drafting.Depth", Eager)
+    net = agreeing_network()
+    engine = engine_of(net, drafter=drafter, step_tokens=64)
+    session = opened(engine)
+    says(engine, session)
+    ids = known(engine, session)
+    forward, calls = engine.runner.forward, iter(range(at))
+
+    def breaking(*args, **kwargs):
+        if next(calls, None) is None:
+            raise RuntimeError("a broken step")
+        return forward(*args, **kwargs)
+
+    engine.runner.forward = breaking
+    failed = says(engine, session, IDS[500:600], num_tokens=40)
+    engine.runner.forward = forward
+    assert failed.end.reason == "error" and "a broken step" in failed.end.error
+    assert failed.end.output_tokens == len(failed.tokens) and bool(failed.tokens) == (at > 2)
+    assert known(engine, session) == ids and not engine.sessions[session].is_busy
+    assert says(engine, session, IDS[700:703]).answer == plain([*ids, *IDS[700:703]], net)
+    engine.call("session_close", session=session)
+    assert is_empty(engine)
+
+
+@pytest.mark.parametrize("steps", range(4))
+def test_each_answer_of_a_request_that_ends_before_its_first_token_is_told_its_end(steps):
+    """Aborted while it waits, or while its prompt of three steps is computed."""
+    engine = engine_of(step_tokens=100)
+    engine.add(request("r", 399, n=3, temperature=1.0))
+    for _ in range(steps):
+        assert engine.step() == []
+    engine.abort("r")
+    said = drain(engine)
+    assert [(said["r", i].end.reason, said["r", i].end.output_tokens) for i in range(3)] == [("abort", 0)] * 3
+    assert engine.stats.ended_by_reason == {"abort": 3} and is_empty(engine)
+
+
 def test_an_end_that_was_drafted_leaves_its_id_to_go_on_from(monkeypatch):
     """The last token may be a draft that agreed: then it was computed, and its logits are needed again."""
     monkeypatch.setattr("pyrosome.engine.drafting.Depth", Eager)
@@ -126,7 +177,8 @@ def test_an_end_that_was_drafted_leaves_its_id_to_go_on_from(monkeypatch):
 # Forks and rewinds
 
 
-@pytest.mark.parametrize("length", [1, 126, 127, 128, 129, 130, 131, 300])
+# A turn leaves `length` + 5 computed tokens: each residue of 4, and each side of 128 and 256.
+@pytest.mark.parametrize("length", [1, *range(119, 132), 250, 251, 252, 300])
 def test_a_fork_takes_nothing_until_one_of_the_two_goes_on(length):
     engine = engine_of()
     session = opened(engine, length)
@@ -137,7 +189,9 @@ def test_a_fork_takes_nothing_until_one_of_the_two_goes_on(length):
     ids = known(engine, session)
     one = says(engine, twins[0], IDS[500:503])
     assert one.answer == plain([*ids, *IDS[500:503]])
-    assert before[0] - free(engine)[0] == 1 and all(before[1][r] - n <= 1 for r, n in free(engine)[1].items())
+    assert before[0] - free(engine)[0] == 1
+    for ratio, n in free(engine)[1].items():  # a copy of the page it goes on in, and those that are new
+        assert before[1][ratio] - n <= 1 + pages_for(len(ids) + 8, ratio) - pages_for(len(ids) - 1, ratio)
     assert says(engine, session).answer == says(engine, twins[1]).answer == plain(ids)
     assert known(engine, twins[2]) == ids
     for s in (session, *twins):
@@ -145,9 +199,52 @@ def test_a_fork_takes_nothing_until_one_of_the_two_goes_on(length):
     assert is_empty(engine)
 
 
+def test_forks_of_what_is_not_computed_yet_or_set_aside_or_forked_already():
+    engine = engine_of()
+    session = opened(engine)
+    early = engine.call("session_fork", session=session)
+    first = says(engine, session)
+    ids = known(engine, session)
+    assert engine.park_idle()
+    before = free(engine)
+    aside = engine.call("session_fork", session=session)
+    twin = engine.call("session_fork", session=aside)
+    assert free(engine) == before
+    engine.call("session_rewind", session=twin, num_tokens=9)
+    engine.call("session_close", session=session)
+    assert says(engine, twin).answer == plain(ids[:-9])
+    assert says(engine, aside).answer == plain(ids)
+    assert says(engine, early).answer == first.answer
+    for s in (early, aside, twin):
+        engine.call("session_close", session=s)
+    assert is_empty(engine)
+
+
+@pytest.mark.parametrize("drafter", ["off", "mtp"])
+@pytest.mark.parametrize("side", ["session", "fork"])
+def test_short_rewinds_go_on_exactly_though_drafts_were_made_there(monkeypatch, drafter, side):
+    monkeypatch.setattr("pyrosome.engine.drafting.Depth", Eager)
+    net = agreeing_network()
+    for length in (123, 40):  # the turn ends just past a block, or within one
+        engine = engine_of(net, drafter=drafter, max_drafts=4, max_sequences=3)
+        session = opened(engine, length)
+        said = says(engine, session, num_tokens=10).tokens
+        ids = [*IDS[:length], *said]
+        for count in range(1, 13):
+            twin = engine.call("session_fork", session=session)
+            cut, other = (session, twin) if side == "session" else (twin, session)
+            engine.call("session_rewind", session=cut, num_tokens=count)
+            assert says(engine, cut).answer == plain(ids[: len(ids) - count], net)
+            assert known(engine, other) == ids
+            engine.call("session_close", session=cut)
+            session = other
+        assert says(engine, session).answer == plain(ids, net)
+        assert drafter == "off" or engine.stats.accepted[0] > 0
+
+
 @pytest.mark.parametrize("parked", [False, True])
 def test_rewinds_of_any_length_at_rest_and_set_aside(parked):
-    for count in (0, 1, 2, 3, 4, 7, 127, 128, 129, 250, 306):
+    for count in (*range(13), 127, 128, 129, 250, 306):
         engine = engine_of()
         session = opened(engine)
         says(engine, session)
@@ -238,6 +335,26 @@ def test_a_file_goes_on_in_another_engine(tmp_path, length):
         assert other.stats.computed_tokens - computed <= 5 + 5 or other.stats.drafted
         other.call("session_close", session=restored)
         assert is_empty(other)
+
+
+@pytest.mark.parametrize("length", [1, 2, 40, 122, 123, 300])
+def test_a_file_moves_between_engines_that_draft_more_or_less_or_not(tmp_path, monkeypatch, length):
+    monkeypatch.setattr("pyrosome.engine.drafting.Depth", Eager)
+    path, net = str(tmp_path / "a.session"), agreeing_network()
+    choices = ({"drafter": "mtp", "max_drafts": 4}, {"drafter": "mtp", "max_drafts": 1}, {"drafter": "lookup"}, {})
+    for mine in choices:
+        engine = engine_of(net, **mine)
+        session = opened(engine, length)
+        says(engine, session)
+        engine.call("session_save", session=session, path=path)
+        ids = known(engine, session)
+        for theirs in choices:
+            other = engine_of(net, **theirs)
+            restored = other.call("session_restore", path=path)
+            said = says(other, restored, num_tokens=12)
+            assert said.answer == plain(ids, net, num_tokens=12)
+            assert theirs.get("drafter") != "mtp" or other.stats.accepted[0] > 0
+            assert known(other, restored) == [*ids, *said.tokens]
 
 
 def test_what_came_from_a_file_is_a_prefix_for_others(tmp_path):
