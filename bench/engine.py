@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import operator
 import os
 import statistics
 import subprocess
@@ -23,6 +24,7 @@ from bench import peers, records
 from pyrosome.checkpoint.index import open_checkpoint
 
 HERE = Path(__file__).parent
+RESULTS = HERE / "results"
 COUNTS, LENGTH, NUM_TOKENS, BATCH = (1, 4, 16, 64), 128, 64, 16
 AT_ONCE, AGAINST_THEIRS = 4.0, 1.5  # the least that is promised
 
@@ -35,7 +37,7 @@ def child(python: str, script: str, checkpoint: Path, folder: Path, *about: Any)
     """
     answer = folder / f"{script}.json"
     env = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    command = [python, HERE / script, checkpoint, answer, *(json.dumps(a) for a in about)]
+    command: list[str | Path] = [python, HERE / script, checkpoint, answer, *(json.dumps(a) for a in about)]
     if subprocess.run(command, env=env, check=False).returncode:
         raise SystemExit(f"{script} failed under {python}; bench/README.md says what its environment needs")
     found: dict[str, Any] = json.loads(answer.read_text())
@@ -66,9 +68,9 @@ def against(python: str, checkpoint: Path, folder: Path, num_tokens: int, repeat
     our_s = statistics.median(s for o in ours for s in o["seconds"][str(BATCH)])
     their_s = statistics.median(s for t in theirs for s in t["seconds"])
     total = BATCH * num_tokens
-    same = [a == b for a, b in zip(ours[-1]["tokens"], theirs[-1]["tokens"], strict=True)]
+    same = [sum(map(operator.eq, o["tokens"], t["tokens"])) for o, t in zip(ours, theirs, strict=True)]
     return {
-        "ours": total / our_s, "theirs": total / their_s, "ratio": their_s / our_s, "same": sum(same),
+        "ours": total / our_s, "theirs": total / their_s, "ratio": their_s / our_s, "same": min(same),
         "their_engine": theirs[0]["engine"], "their_torch": theirs[0]["torch"],
     }  # fmt: skip
 
@@ -94,12 +96,14 @@ def main() -> int:
             print(f"{name}: output tokens per CPU second, and times one at a time")
             for n, rate in found["tokens_per_cpu_s"].items():
                 print(f"{int(n):6d} at once {rate:10,.1f} {found['times_one'][n]:8.2f}")
+            if drafter != "off":
+                print(f"{sum(found['accepted']):6d} of {sum(found['drafted'])} drafts accepted")
         if not args.no_hf:
             them = record["batch of 16"] = against(args.hf_python, small, folder, num_tokens, repeats, rounds)
             print(f"44M, a batch of {BATCH}: ours {them['ours']:,.1f}, {them['their_engine']} {them['theirs']:,.1f} "
                   f"a CPU second, ratio {them['ratio']:.2f}; {them['same']} of {BATCH} say the same")  # fmt: skip
     if not args.no_save:
-        records.append(HERE / "results" / "engine.jsonl", record)
+        records.append(RESULTS / "engine.jsonl", record)
     if args.quick:
         return 0
     kept = record["nano"]["times_one"]["16"] >= AT_ONCE

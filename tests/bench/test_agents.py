@@ -1,5 +1,6 @@
 """The benchmark of agents' conversations runs, and its verdict is what was promised."""
 
+import dataclasses
 import itertools
 import json
 
@@ -7,24 +8,51 @@ import pytest
 
 from bench import agents
 from pyrosome import LLM
-from pyrosome.testing.traces import agent_trace, chat_trace
+from pyrosome.testing.traces import agent_trace
 
 
-def test_a_trace_has_a_row_for_each_turn_and_a_summary():
-    with LLM("builtin:nano", cache_bytes=8 << 20) as llm:
-        rows = list(agents.run_turns(llm, agent_trace(3, 600, 1500)))
-        more = list(agents.run_turns(llm, chat_trace(2, 300, 700)))
-    assert len(rows) == 3 and len(more) == 2 and rows[0]["shared"] == 0
-    assert all(0 < r["reused"] <= r["shared"] < r["prompt"] and r["first_s"] > 0 for r in rows[1:])
-    found = agents.summary(rows)
-    assert found["turns"] == 3 and found["turn_2_share"] == rows[1]["first_s"] / rows[0]["first_s"]
-    assert 0 < found["least_reused_share"] <= found["median_reused_share"] <= 1
+def test_the_quick_form_leaves_a_record_of_the_three_measurements(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(agents, "RESULTS", tmp_path)
+    monkeypatch.setattr("sys.argv", ["agents", "--quick", "--agents", "3", "--room", "2"])
+    assert agents.main() == 0
+    record = json.loads((tmp_path / "agents.jsonl").read_text())
+    assert record["bench"] == "agents" and {"date", "commit", "cpu", "threads"} < set(record)
+    for found in (record["agent"], record["chat"], record["interleaved"]):
+        assert found["turns"] == 3 and 0 < found["least_reused_share"] <= found["median_reused_share"] <= 1
+        assert found["least_because"].startswith("no common prefix: the prompt leaves what is known")
+    for found in (record["agent"], record["chat"]):
+        assert found["last_prompt"] > found["first_prompt"] > 1000 and found["openings"] == 1
+        assert min(found["turn_1_first_s"], found["turn_2_first_s"], found["turn_2_cpu_share"]) > 0
+        assert found["turn_2_share"] == found["turn_2_first_s"] / found["turn_1_first_s"]
+    many = record["interleaved"]
+    assert (many["agents"], many["room"]) == (3, 2)
+    assert many["restored_blocks"] > 0 and many["computed_tokens"] < many["prompt_tokens"]
+    assert many["first_turn_s"] > 0 and many["later_turn_s"] > 0
+    assert "least_reused_share" in capsys.readouterr().out
 
 
-def test_agents_are_interleaved_each_for_itself():
-    found = agents.interleaved(3, 2, 2500, 3500, 2)
-    assert (found["agents"], found["turns"], sum(found["limits"].values())) == (3, 2, 3)
-    assert 0 < found["least_reused_share"] <= 1
+def turn(shared: int, reused: int, first_s: float) -> dict:
+    return {"prompt": 200, "shared": shared, "reused": reused, "replayed": 0, "limit": "evicted", "reason": f"{reused}",
+            "first_s": first_s, "first_cpu_s": first_s / 2}  # fmt: skip
+
+
+def test_a_summary_has_the_least_that_was_reused_and_medians_of_the_openings():
+    rows = [turn(0, 0, 4.0), turn(100, 90, 1.0), turn(100, 80, 9.0), turn(100, 100, 9.0)]
+    openings = [rows[:2], [turn(0, 0, 4.0), turn(100, 90, 3.0)], [turn(0, 0, 8.0), turn(100, 90, 4.0)]]
+    found = agents.summary(rows, openings)
+    assert (found["least_reused_share"], found["least_because"], found["median_reused_share"]) == (
+        0.8, "evicted: 80", 0.9,
+    )  # fmt: skip
+    assert (found["turn_1_first_s"], found["turn_2_first_s"], found["turn_2_share"]) == (4.0, 3.0, 0.5)
+    assert found["turn_2_cpu_share"] == 0.5
+
+
+def test_a_small_cache_is_just_large_enough():
+    llm = LLM("builtin:nano")
+    made = agents.cache_for(llm, 5000)
+    for cache_bytes, is_enough in ((made, True), (made - 1, False)):
+        options = dataclasses.replace(llm.options, cache_bytes=cache_bytes)
+        assert (llm.model.engine(options).max_context >= 5000) is is_enough
 
 
 def test_traces_are_the_same_every_time_and_grow():
@@ -37,11 +65,21 @@ def test_traces_are_the_same_every_time_and_grow():
 
 
 @pytest.mark.parametrize(
-    ("reused", "second", "status"), [(0.96, 0.09, 0), (0.94, 0.09, 1), (0.96, 0.11, 1), (float("nan"), 0.09, 1)]
+    ("which", "change", "status"),
+    [
+        ("agent", {}, 0),
+        ("agent", {"least_reused_share": 0.94}, 1),
+        ("chat", {"least_reused_share": float("nan")}, 1),
+        ("interleaved", {"least_reused_share": 0.94}, 1),
+        ("agent", {"turn_2_share": 0.11}, 1),
+        ("chat", {"turn_2_share": 0.11}, 1),
+        ("interleaved", {"restored_blocks": 0}, 1),
+    ],
 )
-def test_the_verdict_is_the_exit_status(monkeypatch, reused, second, status):
-    monkeypatch.setattr(agents, "run_turns", lambda llm, turns: [])
-    monkeypatch.setattr(agents, "summary", lambda rows: {"least_reused_share": reused, "turn_2_share": second})
-    monkeypatch.setattr(agents, "interleaved", lambda *about: {"least_reused_share": 1.0})
+def test_the_verdict_is_the_exit_status(monkeypatch, which, change, status):
+    kept = {"least_reused_share": 0.96, "turn_2_share": 0.09, "restored_blocks": 9}
+    found = iter({**kept, **(change if name == which else {})} for name in ("agent", "chat", "interleaved"))
+    monkeypatch.setattr(agents, "one_alone", lambda *about: next(found))
+    monkeypatch.setattr(agents, "interleaved", lambda *about: next(found))
     monkeypatch.setattr("sys.argv", ["agents", "--no-save"])
     assert agents.main() == status

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shutil
 
 import pytest
 
@@ -13,11 +14,21 @@ from pyrosome.options import EngineOptions
 NANO = open_checkpoint("builtin:nano").path
 
 
-def test_each_number_of_requests_has_a_rate_and_a_ratio(tmp_path, monkeypatch):
+def test_the_quick_form_leaves_a_record_with_a_rate_and_a_ratio_for_each_number(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(engine, "COUNTS", (1, 3))
-    found = engine.at_once(NANO, tmp_path, 2, 2)
-    assert set(found["tokens_per_cpu_s"]) == set(found["times_one"]) == {"1", "3"}
-    assert found["times_one"]["1"] == 1 and min(found["tokens_per_cpu_s"].values()) > 0
+    monkeypatch.setattr(engine, "RESULTS", tmp_path)
+    monkeypatch.setattr(engine.peers, "make_checkpoint", lambda path: shutil.copytree(NANO, path))
+    monkeypatch.setattr("sys.argv", ["engine", "--quick", "--no-hf"])
+    assert engine.main() == 0
+    record = json.loads((tmp_path / "engine.jsonl").read_text())
+    assert (record["bench"], record["prompt"], record["output"], record["repeats"]) == ("engine", 128, 8, 1)
+    assert {"date", "commit", "cpu", "threads"} < set(record)
+    for weights in ("nano", "nano, drafts", "44M"):
+        found = record[weights]
+        assert set(found["tokens_per_cpu_s"]) == set(found["times_one"]) == {"1", "3"}
+        assert found["times_one"]["1"] == 1 and min(found["tokens_per_cpu_s"].values()) > 0
+        assert bool(sum(found["drafted"])) is (weights == "nano, drafts")
+    assert "drafts accepted" in capsys.readouterr().out
 
 
 def test_requests_of_a_batch_say_what_each_says_alone_and_nothing_is_reused(monkeypatch):
@@ -36,6 +47,22 @@ def test_a_child_that_fails_ends_the_benchmark(tmp_path, capfd):
     assert "none" in capfd.readouterr().err
 
 
+def test_a_batch_is_compared_by_turns_in_every_round(monkeypatch, tmp_path):
+    asked = []
+
+    def child(python, script, *about):
+        asked.append(script)
+        if script == "batch_hf.py":
+            return {"seconds": [3.0], "tokens": [[1, 2], [3, 4]], "engine": "t", "torch": "2"}
+        differs = len(asked) == 2  # in the first round one sequence does
+        return {"seconds": {"16": [2.0]}, "tokens": [[1, 2], [3, 5 if differs else 4]]}
+
+    monkeypatch.setattr(engine, "child", child)
+    found = engine.against("python", tmp_path, tmp_path, 64, 1, 2)
+    assert asked == ["batch_hf.py", "batch_ours.py"] * 2
+    assert (found["ours"], found["ratio"], found["same"]) == (512, 1.5, 1)
+
+
 def test_the_verdict_is_the_exit_status(monkeypatch, tmp_path, capsys):
     found: list[float] = []  # times at once, ratio to theirs, sequences that say the same
 
@@ -43,16 +70,9 @@ def test_the_verdict_is_the_exit_status(monkeypatch, tmp_path, capsys):
         return {"tokens_per_cpu_s": {"16": 9.0}, "times_one": {"16": found[0]}, "accepted": [], "drafted": []}
 
     def against(*about):
-        return {
-            "ours": 3.0,
-            "theirs": 2.0,
-            "ratio": found[1],
-            "same": found[2],
-            "their_engine": "t",
-            "their_torch": "2",
-        }
+        return {"ours": 3.0, "theirs": 2.0, "ratio": found[1], "same": found[2], "their_engine": "t"}
 
-    monkeypatch.setattr(engine, "HERE", tmp_path)
+    monkeypatch.setattr(engine, "RESULTS", tmp_path)
     monkeypatch.setattr(engine, "at_once", at_once)
     monkeypatch.setattr(engine, "against", against)
     monkeypatch.setattr(engine.peers, "make_checkpoint", lambda path: None)
@@ -60,6 +80,6 @@ def test_the_verdict_is_the_exit_status(monkeypatch, tmp_path, capsys):
     for *values, status in ((4.1, 1.6, 16, 0), (3.9, 1.6, 16, 1), (4.1, 1.4, 16, 1), (4.1, 1.6, 15, 1)):
         found[:] = values
         assert engine.main() == status
-    lines = (tmp_path / "results" / "engine.jsonl").read_text().splitlines()
+    lines = (tmp_path / "engine.jsonl").read_text().splitlines()
     assert len(lines) == 4 and json.loads(lines[0])["batch of 16"]["ratio"] == 1.6
     assert "ratio 1.60" in capsys.readouterr().out

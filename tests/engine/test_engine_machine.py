@@ -204,6 +204,18 @@ class Serving(RuleBasedStateMachine):
     def evict(self, pages):
         self.engine.tree.make_room(Shortage(0, {4: pages}))
 
+    @rule()
+    def spoil(self):
+        """What nobody holds may hold anything."""
+        pool = self.engine.runner.pool
+        for (layer, name), planes in pool.planes.items():
+            spec = pool.streams[layer][name]
+            for plane in planes:
+                if spec.is_history:
+                    plane.view(-1, 64, plane.shape[-1])[pool._pages[spec.per_tokens].free] = float("nan")
+                else:
+                    plane[pool._free_slots] = float("nan")
+
     @rule(times=st.sampled_from([0, 0, 0, 1, 2]))
     def break_steps(self, times):
         self.breaks = times
