@@ -28,6 +28,7 @@ from pyrosome import LLM
 from pyrosome.cache.streams import cache_tokens_in
 from pyrosome.engine.request import Ended, Request, TokenEvent
 from pyrosome.options import EngineOptions, SamplingParams
+from pyrosome.session import common_prefix
 from pyrosome.testing.traces import Turn, agent_trace, chat_trace
 
 RESULTS = Path(__file__).parent / "results"
@@ -41,7 +42,7 @@ def run_turns(llm: LLM, turns: Iterable[Turn], salt: str = "") -> Iterator[dict[
     for turn in turns:
         prompt = llm.chat_template.conversation(turn.messages, "high", turn.tools)
         request = llm.request(prompt, ANSWER, salt=salt, constraint=None)
-        yield {"prompt": len(prompt.ids), "shared": common(before, prompt.ids), **first_token(llm, request)}
+        yield {"prompt": len(prompt.ids), "shared": common_prefix(before, prompt.ids), **first_token(llm, request)}
         before = prompt.ids
 
 
@@ -63,11 +64,6 @@ def first_token(llm: LLM, request: Request) -> dict[str, Any]:
             found = {"reused": r.reused_tokens, "replayed": r.replayed_tokens, "limit": r.limit, "reason": r.reason}
             return {**found, **first}
     raise SystemExit("a request ended without a word")
-
-
-def common(a: tuple[int, ...], b: tuple[int, ...]) -> int:
-    """Length of the common prefix."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def one_alone(llm: LLM, trace: Callable[[], Iterable[Turn]], repeats: int) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from pyrosome.cache.pool import CachePool
 from pyrosome.config import ModelConfig
 from pyrosome.engine.runner import Runner
 from pyrosome.model.build import Network, fill
@@ -57,6 +58,11 @@ def run(model: Network, ids: list[int], cuts=(), kv_format: str = "f32", poison:
     sequence = runner.open()
     edges = [0, *cuts, len(ids)]
     return torch.cat([runner.step([(sequence, ids[a:b])], every_row=True)[0] for a, b in pairwise(edges)])
+
+
+def free(pool: CachePool) -> tuple[int, dict[int, int]]:
+    """Slots, and pages of each ratio, that nobody holds."""
+    return pool.num_free_slots, {r: pool.num_free_pages(r) for r in pool.ratios}
 
 
 def assert_same(ours: Tensor, theirs: Tensor, atol: float = 1e-4) -> None:

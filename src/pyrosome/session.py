@@ -20,6 +20,11 @@ from pyrosome.output import Output, Piece, collect, pieces
 _numbers = itertools.count()
 
 
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many ids two sequences begin with alike."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
 class Host(Protocol):
     """What a session needs of the `LLM` that made it."""
 
@@ -102,8 +107,7 @@ class Session:
         asked = [*self.messages, *(dict(m) for m in messages)]
         prompt = self._llm.chat_template.conversation(asked, thinking, tools, stop=params.stop if params else ())
         held = self.ids
-        common = next((i for i, (a, b) in enumerate(zip(held, prompt.ids, strict=False)) if a != b), len(held))
-        common = min(common, len(prompt.ids) - 1)
+        common = min(common_prefix(held, prompt.ids), len(prompt.ids) - 1)
         self.rewind(len(held) - common)
         request = self._llm.request(prompt, params, session=self.id)
         request = dataclasses.replace(request, ids=request.ids[common:], stable=max(0, (request.stable or 0) - common))

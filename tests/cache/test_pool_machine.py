@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import os
 
 import pytest
-from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -19,9 +17,9 @@ from pyrosome.cache.pool import CachePool, Holding
 from pyrosome.cache.streams import BLOCK_TOKENS, PAGE_ROWS, pages_for
 from pyrosome.errors import CacheInvariantBroken, ContextTooLong, DoesNotFit
 from pyrosome.testing.shapes import tiny
+from tests.machines import machine_test
+from tests.networks import free
 
-STEPS = int(os.environ.get("PYROSOME_FUZZ_STEPS", "10000"))
-STEPS_AT_ONCE = 100
 CONFIG = tiny((4, 8))  # pages of 256 and of 512 tokens
 MAX_CONTEXT = 1300
 MAX_OWNERS = 6
@@ -79,11 +77,11 @@ class Pages(RuleBasedStateMachine):
             self.pool.leave_slot(o.holding)  # history alone is brought back: there is no state of that length
             o.ring = {}
         missing = self.pool.shortage(o.holding, start, stop, with_slot=with_slot)
-        before = self.counts()
+        before = free(self.pool)
         if stop > MAX_CONTEXT or missing:
             with pytest.raises(ContextTooLong if stop > MAX_CONTEXT else DoesNotFit):
                 self.pool.prepare(o.holding, start, stop, with_slot=with_slot)
-            assert self.counts() == before, "all or nothing"
+            assert free(self.pool) == before, "all or nothing"
             return
         self.pool.prepare(o.holding, start, stop, with_slot=with_slot)
         for ratio, plane in self.planes.items():
@@ -130,10 +128,10 @@ class Pages(RuleBasedStateMachine):
     def fork(self, who, back):
         o = self.one(who)
         if len(self.owners) < MAX_OWNERS:
-            before = self.counts()
+            before = free(self.pool)
             length = max(0, o.length - back)
             twin = self.pool.fork(o.holding, length)
-            assert self.counts() == before, "a fork takes nothing"
+            assert free(self.pool) == before, "a fork takes nothing"
             rows = {r: rows[: length // r] for r, rows in o.rows.items()}
             self.owners.append(Owner(twin, length, rows, dict(o.ring)))
 
@@ -184,14 +182,14 @@ class Pages(RuleBasedStateMachine):
         o = self.one(who)
         self.owners.remove(o)
         self.pool.release(o.holding)
-        before = self.counts()
+        before = free(self.pool)
         for misuse in (
             lambda: self.pool.release(o.holding), lambda: self.pool.prepare(o.holding, 0, 1),
             lambda: self.pool.fork(o.holding, 0), lambda: self.pool.truncate(o.holding, 0),
         ):  # fmt: skip
             with pytest.raises(CacheInvariantBroken):
                 misuse()
-        assert self.counts() == before
+        assert free(self.pool) == before
 
     @rule(ratio=st.sampled_from([4, 8]))
     def take(self, ratio):
@@ -205,9 +203,6 @@ class Pages(RuleBasedStateMachine):
 
     def one(self, who) -> Owner:
         return self.owners[who % len(self.owners)]
-
-    def counts(self):
-        return self.pool.num_free_slots, {r: self.pool.num_free_pages(r) for r in self.pool.ratios}
 
     # What must hold
 
@@ -253,14 +248,8 @@ class Pages(RuleBasedStateMachine):
             self.pool.release(o.holding)
         for ratio, page, _ in self.retained:
             self.pool.drop(ratio, page)
-        assert self.counts() == (self.pool.plan.num_slots - 1, {r: n - 1 for r, n in self.pool.plan.num_pages.items()})
+        plan = self.pool.plan
+        assert free(self.pool) == (plan.num_slots - 1, {r: n - 1 for r, n in plan.num_pages.items()})
 
 
-TestPages = Pages.TestCase
-TestPages.settings = settings(
-    max_examples=max(1, STEPS // STEPS_AT_ONCE),
-    stateful_step_count=STEPS_AT_ONCE,
-    deadline=None,
-    report_multiple_bugs=False,
-    phases=(Phase.explicit, Phase.reuse, Phase.generate),  # to shrink a run takes minutes: it is printed as it was
-)
+TestPages = machine_test(Pages)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import os
 import random
 import shutil
 import tempfile
@@ -17,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
@@ -29,9 +27,8 @@ from pyrosome.cache.state import Snapshot, snapshot_bytes
 from pyrosome.cache.streams import BLOCK_TOKENS, PAGE_ROWS
 from pyrosome.cache.tiers import Tiers
 from pyrosome.testing.shapes import tiny
+from tests.machines import machine_test
 
-STEPS = int(os.environ.get("PYROSOME_FUZZ_STEPS", "10000"))
-STEPS_AT_ONCE = 100
 CONFIG = tiny((4, 8))  # pages of two and of four blocks
 MAX_CONTEXT = 12 * BLOCK_TOKENS
 MAX_LIVE = 3
@@ -385,10 +382,4 @@ class Prefixes(RuleBasedStateMachine):
             assert not holders[free].any() and len(free) + (holders > 0).sum() == len(holders) - 1
 
 
-TestPrefixes = Prefixes.TestCase
-TestPrefixes.settings = settings(
-    max_examples=max(1, STEPS // STEPS_AT_ONCE),
-    stateful_step_count=STEPS_AT_ONCE,
-    deadline=None,
-    report_multiple_bugs=False,
-)
+TestPrefixes = machine_test(Prefixes)

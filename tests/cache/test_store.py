@@ -21,7 +21,7 @@ from pyrosome.cache.store import open_session, save_session
 from pyrosome.engine.runner import Runner
 from pyrosome.errors import CheckpointError, ContextTooLong, DoesNotFit, TruncatedFile, UnsupportedFormat
 from pyrosome.testing.shapes import tiny
-from tests.networks import network, tokens
+from tests.networks import free, network, tokens
 
 CONFIG = tiny((0, 4, 128))
 IDS = tokens(700)
@@ -62,10 +62,6 @@ def loaded(path, pool: CachePool):
         pool.release(holding)
         raise
     return found, snapshot, holding
-
-
-def free(pool: CachePool):
-    return pool.num_free_slots, {r: pool.num_free_pages(r) for r in pool.ratios}
 
 
 @pytest.mark.parametrize("kv_format", ["f32", "bf16"])

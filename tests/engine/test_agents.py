@@ -13,6 +13,7 @@ import pytest
 from pyrosome import LLM
 from pyrosome.engine.request import Request
 from pyrosome.options import SamplingParams
+from pyrosome.session import common_prefix
 from pyrosome.testing.shapes import tiny
 from pyrosome.testing.traces import agent_trace, chat_trace
 from tests.engine.engines import bytes_for, engine_of, run
@@ -33,10 +34,6 @@ def requests(llm, turns, salt: str = "") -> list[Request]:
     """The turns' requests, each with the whole conversation, as clients send them."""
     prompts = [llm.chat_template.conversation(turn.messages, "high", turn.tools) for turn in turns]
     return [llm.request(p, ANSWER, salt=salt, constraint=None) for p in prompts]
-
-
-def common(a, b) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def new_engine(**options):
@@ -60,7 +57,7 @@ def test_from_the_second_turn_on_what_is_shared_is_reused(llm, trace):
     """With tools thoughts stay in the conversation; without, each turn leaves out those of the turn before."""
     engine, before = new_engine(), ()
     for r in requests(llm, trace):
-        already, shared = computed(engine), common(before, r.ids)
+        already, shared = computed(engine), common_prefix(before, r.ids)
         said = run(engine, [r])[r.id, 0]
         reused = said.end.reuse.reused_tokens
         if before:
@@ -95,7 +92,7 @@ def test_agents_that_take_turns_in_a_cache_for_half_of_them_lose_nothing(llm, at
                 found = said[r.id, 0].end.reuse
                 needed += len(r.ids) - found.reused_tokens + MAX_TOKENS - 1
                 if turn:
-                    assert found.reused_tokens >= 0.95 * common(trace[turn - 1].ids, r.ids), found
+                    assert found.reused_tokens >= 0.95 * common_prefix(trace[turn - 1].ids, r.ids), found
                     assert said[r.id, 0].answer == answer_of_a_fresh_engine(r.ids)
     stats = engine.current_stats()
     assert computed(engine) == needed, "what was set aside was not computed again"

@@ -9,14 +9,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import os
 import random
 import shutil
 import tempfile
 from pathlib import Path
 
 import torch
-from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -26,10 +24,9 @@ from pyrosome.engine.sampler import Row, SamplerState, choose_all
 from pyrosome.errors import ContextTooLong, RequestError
 from pyrosome.options import SamplingParams
 from tests.engine.engines import Eager, bytes_for, engine_of, is_empty
+from tests.machines import machine_test
 from tests.networks import agreeing_network, run
 
-STEPS = int(os.environ.get("PYROSOME_FUZZ_STEPS", "10000"))
-STEPS_AT_ONCE = 100
 MAX_CONTEXT = 512
 MAX_SESSIONS = 4
 WHO = st.integers(0, 7)
@@ -317,11 +314,4 @@ def expected(ids: list[int], said: list[int], p: SamplingParams, index: int) -> 
     return [choice.token for choice in choose_all(rows)]
 
 
-TestServing = Serving.TestCase
-TestServing.settings = settings(
-    max_examples=max(1, STEPS // STEPS_AT_ONCE),
-    stateful_step_count=STEPS_AT_ONCE,
-    deadline=None,
-    report_multiple_bugs=False,
-    phases=(Phase.explicit, Phase.reuse, Phase.generate),  # to shrink a run takes minutes: it is printed as it was
-)
+TestServing = machine_test(Serving)

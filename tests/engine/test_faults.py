@@ -83,9 +83,13 @@ class Failing(list):
 BAD = 77  # an id in no other prompt: what is made of it is the fault
 
 
+def without_bad(ids):
+    return [78 if i == BAD else i for i in ids]
+
+
 def prompts(*requests):
     """The same requests with `BAD` kept for whoever brings it."""
-    return [with_ids(r, [78 if i == BAD else i for i in r.ids]) for r in requests]
+    return [with_ids(r, without_bad(r.ids)) for r in requests]
 
 
 def with_ids(r, ids):
@@ -99,7 +103,7 @@ def test_a_step_that_fails_over_one_request_s_ids_ends_that_request_alone(at, ha
     others = prompts(*REQUESTS)
     expected = answers(run(engine_of(), others))
     assert all(BAD not in said[0] for said in expected.values()), "what is said is not taken for the fault"
-    ids = [78 if i == BAD else i for i in tokens(260, seed=4)]
+    ids = without_bad(tokens(260, seed=4))
     engine = engine_of(step_tokens=step_tokens)
     broken = Breaking(engine, BAD, RuntimeError("no luck"), half_way=half_way)
     bad = with_ids(request("bad", 3), [*ids[:at], BAD, *ids[at + 1 :]])
@@ -116,7 +120,7 @@ def test_values_that_are_no_numbers_end_their_request_and_reach_nobody_else(at):
     others = prompts(*REQUESTS)
     expected = answers(run(engine_of(net), others))
     assert all(BAD not in said[0] for said in expected.values())
-    ids = [78 if i == BAD else i for i in tokens(260, seed=4)]
+    ids = without_bad(tokens(260, seed=4))
     bad = [*ids[:at], BAD, *ids[at + 1 :]]
     engine = engine_of(net, cache_bytes=bytes_for(CONFIG, 1024, 8), step_tokens=100)
     said = run(engine, [*others[:2], with_ids(request("bad", 3), bad), *others[2:]])
@@ -131,7 +135,7 @@ def test_values_that_are_no_numbers_end_their_request_and_reach_nobody_else(at):
 def test_a_session_whose_turn_failed_is_as_it_was_before(expected):
     net = build_network(CONFIG)
     net.embed.value[BAD] = float("nan")
-    ids = [78 if i == BAD else i for i in tokens(200, seed=4)]
+    ids = without_bad(tokens(200, seed=4))
     engine = engine_of(net)
     session = engine.call("session_open", ids=ids)
     first = run(engine, [with_ids(request("first", 0, session=session), [])])["first", 0]

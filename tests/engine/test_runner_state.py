@@ -77,11 +77,15 @@ def test_a_length_that_can_be_cut_back_to_goes_on_and_one_less_cannot(whole, num
             runner.close(sequence)
 
 
+def adopted(runner: Runner, sequence: Sequence, length: int) -> Sequence:
+    """A sequence without state that has the pages of another's first tokens."""
+    pages = {r: held[: pages_for(length, r)] for r, held in sequence.holding.pages.items()}
+    return Sequence(runner.pool.adopt(pages))
+
+
 def moved(runner: Runner, sequence: Sequence, snapshot) -> Sequence:
     """A sequence that has the whole blocks' pages of another, and a state."""
-    blocks = snapshot.length // BLOCK_TOKENS * BLOCK_TOKENS
-    pages = {r: held[: pages_for(blocks, r)] for r, held in sequence.holding.pages.items()}
-    twin = Sequence(runner.pool.adopt(pages))
+    twin = adopted(runner, sequence, snapshot.length // BLOCK_TOKENS * BLOCK_TOKENS)
     runner.restore(twin, snapshot)
     return twin
 
@@ -146,8 +150,7 @@ def test_state_is_rebuilt_from_history_at_every_block(whole, numerics, step_toke
         for start in (0, 128, 256):
             if start >= stop:
                 continue
-            pages = {r: held[: pages_for(stop, r)] for r, held in sequence.holding.pages.items()}
-            twin = Sequence(runner.pool.adopt(pages))
+            twin = adopted(runner, sequence, stop)
             if start:
                 runner.restore(twin, states[start])
             else:

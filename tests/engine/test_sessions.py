@@ -12,7 +12,7 @@ from pyrosome.cache import store
 from pyrosome.cache.streams import pages_for
 from pyrosome.errors import CheckpointError, ContextTooLong, DoesNotFit, RequestError
 from tests.engine.engines import CONFIG, IDS, Eager, bytes_for, drain, engine_of, is_empty, request, run
-from tests.networks import agreeing_network
+from tests.networks import agreeing_network, free
 
 
 def turn(session: str, name: str = "turn", ids=(), num_tokens: int = 6, **changes):
@@ -37,11 +37,6 @@ def opened(engine, length: int = 300, start: int = 0) -> str:
 
 def known(engine, session) -> list[int]:
     return engine.call("session_ids", session=session)
-
-
-def free(engine):
-    pool = engine.runner.pool
-    return pool.num_free_slots, {r: pool.num_free_pages(r) for r in pool.ratios}
 
 
 # Going on
@@ -183,14 +178,14 @@ def test_a_fork_takes_nothing_until_one_of_the_two_goes_on(length):
     engine = engine_of()
     session = opened(engine, length)
     says(engine, session)
-    before = free(engine)
+    before = free(engine.runner.pool)
     twins = [engine.call("session_fork", session=session) for _ in range(5)]
-    assert free(engine) == before
+    assert free(engine.runner.pool) == before
     ids = known(engine, session)
     one = says(engine, twins[0], IDS[500:503])
     assert one.answer == plain([*ids, *IDS[500:503]])
-    assert before[0] - free(engine)[0] == 1
-    for ratio, n in free(engine)[1].items():  # a copy of the page it goes on in, and those that are new
+    assert before[0] - free(engine.runner.pool)[0] == 1
+    for ratio, n in free(engine.runner.pool)[1].items():  # a copy of the page it goes on in, and those that are new
         assert before[1][ratio] - n <= 1 + pages_for(len(ids) + 8, ratio) - pages_for(len(ids) - 1, ratio)
     assert says(engine, session).answer == says(engine, twins[1]).answer == plain(ids)
     assert known(engine, twins[2]) == ids
@@ -224,10 +219,10 @@ def test_forks_of_what_is_not_computed_yet_or_set_aside_or_forked_already():
     first = says(engine, session)
     ids = known(engine, session)
     assert engine.park_idle()
-    before = free(engine)
+    before = free(engine.runner.pool)
     aside = engine.call("session_fork", session=session)
     twin = engine.call("session_fork", session=aside)
-    assert free(engine) == before
+    assert free(engine.runner.pool) == before
     engine.call("session_rewind", session=twin, num_tokens=9)
     engine.call("session_close", session=session)
     assert says(engine, twin).answer == plain(ids[:-9])
@@ -402,12 +397,12 @@ def test_a_file_that_does_not_fit_or_is_damaged_is_refused_and_nobody_is_harmed(
     raw[-5] ^= 4
     path.write_bytes(raw)
     engine.add(request("other", 200, start=700))
-    before = free(engine)
+    before = free(engine.runner.pool)
     with pytest.raises(CheckpointError, match="damaged"):
         engine.call("session_restore", path=str(path))
     with pytest.raises(CheckpointError, match="cannot be read"):
         engine.call("session_restore", path=str(tmp_path / "none"))
-    assert free(engine) == before and len(engine.sessions) == 2
+    assert free(engine.runner.pool) == before and len(engine.sessions) == 2
     assert drain(engine)["other", 0].answer == run(engine_of(), [request("other", 200, start=700)])["other", 0].answer
 
 

@@ -31,11 +31,13 @@ def read_blocks(
     if out is None:
         out = torch.empty(n, size, dtype=torch.uint8)
     places = {ratio: _places(pool, held, ratio, first, last) for ratio, held in pages.items()}
-    at = 0
+    out, at = out[:n], 0
+    # From a device it is one transfer, not one a plane.
+    gathered = out if pool.device.type == "cpu" else torch.empty_like(out, device=pool.device)
     for rows, width, ratio in _planes(pool):
-        out[:n, at : at + width].copy_(rows.index_select(0, places[ratio]))
+        gathered[:, at : at + width].copy_(rows.index_select(0, places[ratio]))
         at += width
-    return out[:n]
+    return out if gathered is out else out.copy_(gathered)
 
 
 def read_block(pool: CachePool, pages: dict[int, int], block: int) -> Tensor:

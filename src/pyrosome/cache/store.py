@@ -76,6 +76,11 @@ class _Header(msgspec.Struct, forbid_unknown_fields=True):
         return range(0, self.num_blocks if self.block_bytes else 0, self.blocks_per_chunk)
 
     @property
+    def chunks(self) -> list[tuple[int, int]]:
+        """(first block, one past the last) of each chunk."""
+        return [(at, min(at + self.blocks_per_chunk, self.num_blocks)) for at in self.chunk_starts]
+
+    @property
     def fits_itself(self) -> bool:
         """Whether its counts can be those of one session."""
         return (
@@ -114,9 +119,7 @@ def save_session(
         max(1, CHUNK_BYTES // max(1, size)), _State(snapshot.length, snapshot.draft_from, snapshot.num_bytes),
         _Sums(_sum(packed), _sum(state), []), extra or {},
     )  # fmt: skip
-    starts = about.chunk_starts
-    chunks = [(at, min(at + starts.step, about.num_blocks)) for at in starts]
-    about.xxh3.chunks = ["0" * 32] * len(chunks)  # the header's length is known before they are
+    about.xxh3.chunks = ["0" * 32] * len(about.chunk_starts)  # the header's length is known before they are
     sections = _sections(about, len(_header(about)))
     total = sections["end"]
     try:
@@ -129,7 +132,7 @@ def save_session(
                 os.posix_fallocate(f.fileno(), 0, total)
             _write_at(f, sections["ids"], memoryview(packed))
             _write_at(f, sections["snapshot"], state)
-            about.xxh3.chunks = list(_write_chunks(f, sections["blocks"], pool, pages, chunks, size))
+            about.xxh3.chunks = list(_write_chunks(f, sections["blocks"], pool, pages, about.chunks, size))
             _write_at(f, 0, memoryview(_header(about)))
             os.ftruncate(f.fileno(), total)
             os.fsync(f.fileno())
@@ -173,23 +176,22 @@ class SavedSession:
                 f"cache has {expected}; open the engine as it was when the session was saved"
             )
         pool.prepare(holding, 0, self.length, with_slot=False)
-        sections, starts, size = self.sections, about.chunk_starts, about.block_bytes
+        sections, chunks, size = self.sections, about.chunks, about.block_bytes
         with _readable(self.path), open(self.path, "rb", buffering=0) as f, ThreadPoolExecutor(1) as reader:
             state = _read(f, self.path, sections["snapshot"], snapshot.bytes, sums.snapshot, "the state")
-            most = min(starts.step, about.num_blocks) if starts else 0
-            buffers = [torch.empty(most * size, dtype=torch.uint8) for _ in range(2)]
+            buffers = _two_buffers(chunks, size)
 
             def chunk(i: int) -> Tensor:
-                last = min(starts[i] + starts.step, about.num_blocks)
-                what, at = f"blocks {starts[i]} to {last}", sections["blocks"] + starts[i] * size
-                return _read(f, self.path, at, (last - starts[i]) * size, sums.chunks[i], what, buffers[i % 2])
+                first, last = chunks[i]
+                what, at = f"blocks {first} to {last}", sections["blocks"] + first * size
+                return _read(f, self.path, at, (last - first) * size, sums.chunks[i], what, buffers[i % 2].view(-1))
 
-            ahead: Future[Tensor] | None = reader.submit(chunk, 0) if starts else None
-            for i, start in enumerate(starts):
+            ahead: Future[Tensor] | None = reader.submit(chunk, 0) if chunks else None
+            for i, (first, _) in enumerate(chunks):
                 assert ahead is not None
                 data = ahead.result()
-                ahead = reader.submit(chunk, i + 1) if i + 1 < len(starts) else None
-                write_blocks(pool, holding.pages, start, data.view(-1, size))
+                ahead = reader.submit(chunk, i + 1) if i + 1 < len(chunks) else None
+                write_blocks(pool, holding.pages, first, data.view(-1, size))
         return Snapshot(self.length, snapshot.draft_from, state)
 
 
@@ -273,9 +275,7 @@ def _write_chunks(
         _write_at(f, place, view)
         return checksum
 
-    # Two buffers by turns: one is filled while the other is on its way to the disk.
-    most = max((last - first for first, last in chunks), default=0)
-    buffers = [torch.empty(most, size, dtype=torch.uint8) for _ in range(2)]
+    buffers = _two_buffers(chunks, size)
     with ThreadPoolExecutor(1) as writer:
         behind: Future[str] | None = None
         for number, (first, last) in enumerate(chunks):
@@ -285,6 +285,12 @@ def _write_chunks(
             behind = writer.submit(write, data, at + first * size)
         if behind is not None:
             yield behind.result()
+
+
+def _two_buffers(chunks: list[tuple[int, int]], size: int) -> list[Tensor]:
+    """Room for a chunk, twice, by turns: one is filled while the other is on its way."""
+    most = max((last - first for first, last in chunks), default=0)
+    return [torch.empty(most, size, dtype=torch.uint8) for _ in range(2)]
 
 
 def _write_at(f: BinaryIO, at: int, data: memoryview) -> None:

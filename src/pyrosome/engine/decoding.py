@@ -61,8 +61,7 @@ class Decoding:
         try:
             reason = self._commit(c, choice, events)
             if agrees and not reason:  # an end leaves its id to be computed: a session goes on from its logits
-                assert c.track.sequence is not None
-                c.track.sequence.length += 1
+                c.sequence.length += 1
             elif not reason:
                 reason = self._jump(c, events)
         except Exception as error:

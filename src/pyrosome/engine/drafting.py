@@ -64,7 +64,7 @@ class HeadDrafter(Drafter):
                 stay = [i for i, b in enumerate(going) if depths[b] > depth]
                 going = [going[i] for i in stay]
                 at = [(served[b][0], served[b][0].track.length + depth - 1) for b in going]
-                deeper = [(_present(c), position, c.drafts[-1]) for c, position in at]
+                deeper = [(c.sequence, position, c.drafts[-1]) for c, position in at]
                 logits_BV, streams_BJD = self.runner.draft_deeper(deeper, streams_BJD[stay])
             for i, b in enumerate(going):
                 c = served[b][0]
@@ -98,8 +98,3 @@ def drafter_for(options: EngineOptions, runner: Runner) -> Drafter:
 def _goes_on(c: Completion) -> bool:
     """Whether a completion has its next id and may generate more than that."""
     return c.track.sequence is not None and c.is_decoding and c.num_pending == 1
-
-
-def _present(c: Completion) -> Sequence:
-    assert c.track.sequence is not None
-    return c.track.sequence

@@ -30,7 +30,7 @@ from pyrosome.engine.decoding import Decoding
 from pyrosome.engine.drafting import Drafter, drafter_for
 from pyrosome.engine.request import Ended, Event, Request
 from pyrosome.engine.residency import Residency
-from pyrosome.engine.runner import Forward, Runner, Sequence, check_ids
+from pyrosome.engine.runner import Forward, Runner, check_ids
 from pyrosome.engine.sampler import SamplerState
 from pyrosome.engine.scheduler import plan_step
 from pyrosome.engine.stats import LogLine, Stats
@@ -192,11 +192,11 @@ class Engine:
         with self._phase("plan"):
             spans = self._plan(events)
         if spans:
-            num_tokens = sum(len(s.ids) for s in spans)
             self._run(spans, events)
             ended = time.monotonic()
             self.stats.step_done(ended - began)
             if self.trace:
+                num_tokens = sum(len(s.ids) for s in spans)
                 self.trace.span("step", began, ended, spans=len(spans), tokens=num_tokens, events=len(events))
         if self.options.log_every and self._step % self.options.log_every == 0:
             log.info("%s", self._log_line.take(self.current_stats()))
@@ -305,7 +305,7 @@ class Engine:
         rows = [(1 + len(s.drafts)) if s.is_last else 0 for s in spans]
         num_tokens, began = sum(len(s.ids) for s in spans), time.monotonic()
         try:
-            given = [(_present(s.completion), s.ids) for s in spans]
+            given = [(s.completion.sequence, s.ids) for s in spans]
             with self._phase("forward"):
                 logits, is_finite, forward = self.runner.forward(given, rows)
         except Exception as error:
@@ -344,7 +344,7 @@ class Engine:
         if not s.is_last:
             return []
         # What the drafts will turn out to be is not known yet: the sequence grows by those accepted.
-        _present(c).length -= len(s.drafts)
+        c.sequence.length -= len(s.drafts)
         rows_RV = self._checked(c, rows_RV)
         return [(c, s, rows_RV), *((twin, s, rows_RV) for twin in self._twins(c))]
 
@@ -419,9 +419,7 @@ class Engine:
             return
         log.warning("a step of %d spans failed (%s); they are run one by one", len(spans), error)
         for s in spans:
-            sequence = s.completion.track.sequence
-            assert sequence is not None
-            if sequence.is_broken:  # found again by its prefix, and run alone
+            if s.completion.sequence.is_broken:  # found again by its prefix, and run alone
                 s.completion.is_suspect = True
                 self.home.drop(s.completion.track)
             else:
@@ -459,9 +457,3 @@ class Engine:
             self.trace.span("queued", c.arrived, begun, name, prompt_tokens=c.prompt_length)
             self.trace.span("prompt", begun, first, name, reused_tokens=c.reuse.reused_tokens)
             self.trace.span("output", first, now, name, tokens=output_tokens, reason=reason, parks=c.num_parks)
-
-
-def _present(c: Completion) -> Sequence:
-    """The sequence of a completion that is in the cache."""
-    assert c.track.sequence is not None
-    return c.track.sequence

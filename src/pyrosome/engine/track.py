@@ -88,6 +88,12 @@ class Completion:
         return self.track.num_pending
 
     @property
+    def sequence(self) -> Sequence:
+        """Its place in the cache, of one that is in it."""
+        assert self.track.sequence is not None
+        return self.track.sequence
+
+    @property
     def num_drafts(self) -> int:
         """Drafts to verify."""
         return len(self.drafts)
