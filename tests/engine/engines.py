@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 
 from pyrosome.cache.streams import cache_tokens_in
+from pyrosome.engine import drafting
 from pyrosome.engine.engine import Engine
+from pyrosome.engine.loaded import open_engine
 from pyrosome.engine.request import Ended, Request, TokenEvent
 from pyrosome.engine.speculate import Depth
 from pyrosome.options import EngineOptions, SamplingParams
@@ -30,6 +32,12 @@ class Eager(Depth):
 
     def choose(self) -> int:
         return self.most
+
+
+def open_eagerly(**arguments) -> Engine:
+    """`open_engine` in a process of its own, where how long steps take decides nothing."""
+    drafting.Depth = Eager
+    return open_engine(**arguments)
 
 
 def bytes_for(config, tokens: int, max_sequences: int, kv_format: str = "f32") -> int:

@@ -28,6 +28,12 @@ def answers(said):
     return {key: s.answer for key, s in said.items()}
 
 
+@pytest.fixture(autouse=True)
+def eager(monkeypatch):
+    """How long steps take decides nothing here."""
+    monkeypatch.setattr("pyrosome.engine.drafting.Depth", Eager)
+
+
 @pytest.fixture(scope="module")
 def plain():
     return {name: answers(run(engine_of(net()), REQUESTS)) for name, net in NET.items()}
@@ -35,8 +41,7 @@ def plain():
 
 @pytest.mark.parametrize("numerics", NET)
 @pytest.mark.parametrize("most", range(1, 9))
-def test_the_head_s_drafts_leave_tokens_and_probabilities_as_they_are(plain, monkeypatch, numerics, most):
-    monkeypatch.setattr("pyrosome.engine.drafting.Depth", Eager)
+def test_the_head_s_drafts_leave_tokens_and_probabilities_as_they_are(plain, numerics, most):
     engine = engine_of(NET[numerics](), drafter="mtp", max_drafts=most)
     said = run(engine, REQUESTS)
     assert answers(said) == plain[numerics]
@@ -148,7 +153,7 @@ def test_a_head_that_failed_half_way_drafts_again(plain, monkeypatch):
 
     monkeypatch.setattr(stage, "streams", fails)
     assert answers(run(engine, REQUESTS)) == plain["exact"]
-    assert engine.stats.accepted[0] > 10
+    assert engine.stats.accepted[0] > 20
 
 
 def test_completions_of_one_prompt_draft_each_for_itself(plain):

@@ -21,7 +21,7 @@ from tests.engine.drivers import is_gone, until
 
 pytestmark = pytest.mark.usefixtures("bounded")
 
-OPEN = "pyrosome.engine.loaded:open_engine"
+OPEN = "tests.engine.engines:open_eagerly"
 OPTIONS = {"cache_bytes": 8 << 20, "max_sequences": 4, "step_tokens": 256, "max_drafts": 2}
 IDS = [random.Random(7).randrange(3, 259) for _ in range(600)]
 WAIT_S = 100.0  # a process loads torch before it answers, on machines that do five things at once
