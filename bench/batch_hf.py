@@ -9,8 +9,7 @@ import json
 import sys
 import time
 
-import hf_side
-import measure
+import hf_side  # first: it takes this folder off the path, for the library's sake
 import torch
 import transformers
 
@@ -20,7 +19,7 @@ def main(checkpoint: str, answer: str, count: int, length: int, num_tokens: int,
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     model = hf_side.loaded(checkpoint)
-    ids = torch.tensor(measure.prompt(count * length)).view(count, length)
+    ids = torch.tensor(hf_side.measure.prompt(count * length)).view(count, length)
     how = {
         "attention_mask": torch.ones_like(ids), "do_sample": False, "use_cache": True, "eos_token_id": None,
         "pad_token_id": 0,
@@ -32,7 +31,7 @@ def main(checkpoint: str, answer: str, count: int, length: int, num_tokens: int,
         tokens = model.generate(ids, **how, max_new_tokens=num_tokens, min_new_tokens=num_tokens)[:, length:].tolist()
         seconds.append(time.process_time() - began)
     out = {"seconds": seconds, "tokens": tokens, "engine": f"transformers {transformers.__version__}"}
-    measure.answer(answer, {**out, "torch": torch.__version__})
+    hf_side.measure.answer(answer, {**out, "torch": torch.__version__})
 
 
 if __name__ == "__main__":

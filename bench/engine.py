@@ -2,9 +2,10 @@
 
     python -m bench.engine [--hf-python PATH | --no-hf] [--repeats N] [--quick] [--no-save]
 
-Prompts of 128 tokens, 64 tokens of output each, greedy, float32, one thread, CPU time.  Exit status 1 where 16 at once
-are less than 4 times as fast as one at a time on the built-in model, where a batch of 16 is less than 1.5 times as fast
-as transformers', or where the two do not say the same.
+Prompts of 128 tokens, 64 tokens of output each, greedy, one thread, CPU time; weights in the official FP8 and FP4
+layout, numerics "trained", against float32 of the same values.  Exit status 1 where 16 at once are less than 4 times as
+fast as one at a time on the built-in model, where a batch of 16 is less than 10 times as fast as transformers', or
+where the two do not say the same when nothing is rounded (numerics "exact").
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from bench import peers, records
+from bench import measure, peers, records
 from pyrosome.checkpoint.index import open_checkpoint
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 COUNTS, LENGTH, NUM_TOKENS, BATCH = (1, 4, 16, 64), 128, 64, 16
-AT_ONCE, AGAINST_THEIRS = 4.0, 1.5  # the least that is promised
+AT_ONCE, AGAINST_THEIRS = 4.0, 10.0  # the least that is promised
 
 
 def child(python: str, script: str, checkpoint: Path, folder: Path, *about: Any) -> dict[str, Any]:
@@ -56,14 +57,15 @@ def at_once(checkpoint: Path, folder: Path, num_tokens: int, repeats: int, draft
     return {"tokens_per_cpu_s": rate, "times_one": times, "accepted": found["accepted"], "drafted": found["drafted"]}
 
 
-def against(python: str, checkpoint: Path, folder: Path, num_tokens: int, repeats: int, rounds: int) -> dict[str, Any]:
+def against(
+    python: str, official: Path, plain: Path, folder: Path, num_tokens: int, repeats: int, rounds: int
+) -> dict[str, Any]:
     """Ours and theirs by turns, a batch of 16 of equal lengths."""
     ours, theirs = [], []
     for _ in range(rounds):
-        about = (checkpoint, folder, BATCH, LENGTH, num_tokens, repeats)
-        theirs.append(child(python, "batch_hf.py", *about))
+        theirs.append(child(python, "batch_hf.py", plain, folder, BATCH, LENGTH, num_tokens, repeats))
         ours.append(
-            child(sys.executable, "batch_ours.py", checkpoint, folder, [BATCH], LENGTH, num_tokens, repeats, "off")
+            child(sys.executable, "batch_ours.py", official, folder, [BATCH], LENGTH, num_tokens, repeats, "off")
         )
     our_s = statistics.median(s for o in ours for s in o["seconds"][str(BATCH)])
     their_s = statistics.median(s for t in theirs for s in t["seconds"])
@@ -90,7 +92,7 @@ def main() -> int:
     record: dict[str, Any] = {**where, "bench": "engine", "prompt": LENGTH, "output": num_tokens, "repeats": repeats}
     with tempfile.TemporaryDirectory() as scratch:
         folder, nano = Path(scratch), open_checkpoint("builtin:nano").path
-        peers.make_checkpoint(small := folder / "checkpoint")
+        peers.make_checkpoints(small := folder / "official", plain := folder / "plain", measure.SHAPES["small"])
         for name, checkpoint, drafter in (("nano", nano, "off"), ("nano, drafts", nano, "mtp"), ("44M", small, "off")):
             found = record[name] = at_once(checkpoint, folder, num_tokens, repeats, drafter)
             print(f"{name}: output tokens per CPU second, and times one at a time")
@@ -99,7 +101,7 @@ def main() -> int:
             if drafter != "off":
                 print(f"{sum(found['accepted']):6d} of {sum(found['drafted'])} drafts accepted")
         if not args.no_hf:
-            them = record["batch of 16"] = against(args.hf_python, small, folder, num_tokens, repeats, rounds)
+            them = record["batch of 16"] = against(args.hf_python, small, plain, folder, num_tokens, repeats, rounds)
             print(f"44M, a batch of {BATCH}: ours {them['ours']:,.1f}, {them['their_engine']} {them['theirs']:,.1f} "
                   f"a CPU second, ratio {them['ratio']:.2f}; {them['same']} of {BATCH} say the same")  # fmt: skip
     if not args.no_save:

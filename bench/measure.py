@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 # 44M parameters; the layer pattern and ratios of V4-Flash, narrow.
 SMALL: dict[str, Any] = {
@@ -23,18 +23,36 @@ SMALL: dict[str, Any] = {
     "num_hash_layers": 3, "qk_rope_head_dim": 64, "sliding_window": 128, "max_position_embeddings": 1048576,
 }  # fmt: skip
 RATIOS = (0, 0, 4, 128, 4, 128, 4, 128)
+# V4-Flash's own widths, as far as both sides fit a small machine: three layers of eight experts.
+WIDE: dict[str, Any] = {"num_hidden_layers": 3, "n_routed_experts": 8, "num_hash_layers": 1, "vocab_size": 4096}
+
+
+class Shape(NamedTuple):
+    """A network that both sides run, and the prompts it is given."""
+
+    config: dict[str, Any]
+    ratios: tuple[int, ...]
+    prefills: tuple[int, ...]
+    quick: tuple[int, ...]
+    whole: int  # tokens of the longest prompt that the other side takes in one call; longer ones in parts of `PART`
+
+
+PART = 512
+SHAPES = {
+    "small": Shape(SMALL, RATIOS, (128, 1024, 4096, 16384), (128, 1024), 4096),
+    "wide": Shape(WIDE, (0, 4, 128), (1024, 4096), (256,), 0),
+}
 CHECKED_TOKENS = 1500  # past index_topk x 4, and past eleven HCA windows
-PREFILLS = (128, 1024, 4096)
 DECODED_AFTER, DECODED = 1024, 32
 ENOUGH_CPU_S = 20.0  # a run that took this long is not repeated: its noise is small already
 
 
-def prompt(length: int) -> list[int]:
+def prompt(length: int, vocab_size: int = SMALL["vocab_size"]) -> list[int]:
     """The same ids on both sides, from a small generator of our own: no library's stream of numbers is involved."""
     state, ids = 12345, []
     for _ in range(length):
         state = (state * 6364136223846793005 + 1442695040888963407) % 2**64
-        ids.append((state >> 33) % SMALL["vocab_size"])
+        ids.append((state >> 33) % vocab_size)
     return ids
 
 
@@ -135,7 +153,11 @@ def with_peak(run: Callable[[], Any], tokens: int, repeats: int) -> tuple[dict[s
 
 
 def measure(
-    prefill: Callable[[int, int], Any], decode: Callable[[Any, int], list[int]], repeats: int, quick: bool = False
+    prefill: Callable[[int, int], Any],
+    decode: Callable[[Any, int], list[int]],
+    repeats: int,
+    quick: bool = False,
+    shape: Shape = SHAPES["small"],
 ) -> dict[str, Any]:
     """Rates, peak memory and greedy tokens of one engine.
 
@@ -143,11 +165,11 @@ def measure(
         prefill: runs a prompt of so many tokens on an empty cache with room for so many more, and returns
             whatever `decode` goes on from.
         decode: goes on greedily for so many tokens, one at a time, and returns the tokens it fed.
-        quick: leaves out the longest prompt.
+        quick: short prompts alone.
     """
     out: dict[str, Any] = {"prefill": {}, "prefill_peak_mb": {}}
     prefill(64, 0)  # first calls allocate and choose kernels
-    for length in PREFILLS[:-1] if quick else PREFILLS:
+    for length in shape.quick if quick else shape.prefills:
         found, peak = with_peak(lambda n=length: prefill(n, 0), length, repeats)  # type: ignore[misc]
         out["prefill"][length], out["prefill_peak_mb"][length] = found, peak
     state = prefill(DECODED_AFTER, DECODED * (1 + repeats))
@@ -157,10 +179,10 @@ def measure(
     return out
 
 
-def arguments() -> tuple[str, str, str, int, bool]:
-    """A child's command line: checkpoint, where to put the answer and the logits, repeats, "quick" or "full"."""
-    checkpoint, answer_path, logits_path, repeats, extent = sys.argv[1:]
-    return checkpoint, answer_path, logits_path, int(repeats), extent == "quick"
+def arguments() -> tuple[str, str, str, int, bool, Shape]:
+    """A child's command line: checkpoint, where to put the answer and the logits, repeats, "quick" or "full", shape."""
+    checkpoint, answer_path, logits_path, repeats, extent, shape = sys.argv[1:]
+    return checkpoint, answer_path, logits_path, int(repeats), extent == "quick", SHAPES[shape]
 
 
 def answer(path: str, values: dict[str, Any]) -> None:

@@ -1,4 +1,8 @@
-"""Our side of `bench.peers`: the same measurements through the cache, in float32 (numerics "exact")."""
+"""Our side of `bench.peers`: the same measurements through the cache, as the package runs by default.
+
+Rates are of numerics "trained" on the weights as they are stored.  Whether both sides compute the same is checked in
+numerics "exact", which rounds nothing, as the other side does not.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +16,13 @@ CHUNK = 2048  # tokens of one prefill span, so that memory does not grow with th
 LINEAR_AT = (4096, 8192, 16384)
 
 
-def main(checkpoint: str, answer: str, logits: str, repeats: int, quick: bool) -> None:
+def main(checkpoint: str, answer: str, logits: str, repeats: int, quick: bool, shape: measure.Shape) -> None:
     torch.set_num_threads(1)
-    model = pyrosome.load_model(checkpoint, numerics="exact")
+    vocab = shape.config["vocab_size"]
 
     def prefill(length, room):
         runner = model.runner(max_sequences=1, max_context=length + room)
-        sequence, ids = runner.open(), measure.prompt(length)
+        sequence, ids = runner.open(), measure.prompt(length, vocab)
         for at in range(0, length, CHUNK):
             (last,) = runner.step([(sequence, ids[at : at + CHUNK])])
         return [runner, sequence, int(last.argmax())]
@@ -32,14 +36,18 @@ def main(checkpoint: str, answer: str, logits: str, repeats: int, quick: bool) -
             state[2] = int(last.argmax())
         return tokens
 
-    out = measure.measure(prefill, decode, repeats, quick)
+    model = pyrosome.load_model(checkpoint, numerics="exact")
+    save_file({"logits": model.logits(measure.prompt(measure.CHECKED_TOKENS, vocab))}, logits)
+    tokens = decode(prefill(measure.DECODED_AFTER, measure.DECODED), measure.DECODED)
+    del model
+    model = pyrosome.load_model(checkpoint, numerics="trained")
+    out = {**measure.measure(prefill, decode, repeats, quick, shape), "tokens": tokens}
     out["linear"] = {}
-    for length in LINEAR_AT[:2] if quick else LINEAR_AT:
+    for length in LINEAR_AT[:2] if quick or not shape.whole else LINEAR_AT:
         with measure.PeakMemory() as memory:
             runner, *_ = prefill(length, 0)
         out["linear"][length] = {"peak_mb": memory.extra_mb, "cache_bytes": runner.pool.allocated_bytes}
         del runner, _
-    save_file({"logits": model.logits(measure.prompt(measure.CHECKED_TOKENS))}, logits)
     measure.answer(answer, {**out, "engine": f"pyrosome {pyrosome.__version__}", "torch": torch.__version__})
 
 

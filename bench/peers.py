@@ -1,6 +1,6 @@
 """The same weights in transformers and here: equal logits, then speed and memory side by side.
 
-    python -m bench.peers [--hf-python PATH] [--rounds N] [--repeats N] [--quick] [--no-save]
+    python -m bench.peers [--shape small|wide] [--hf-python PATH] [--rounds N] [--repeats N] [--quick] [--no-save]
 
 Each side runs in a process of its own with one thread; rounds alternate, so that a machine whose speed drifts
 is fair to both.  Exit status 1 where logits differ by more than 1e-4 or the greedy tokens are not the same.
@@ -9,6 +9,7 @@ is fair to both.  Exit status 1 where logits differ by more than 1e-4 or the gre
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import subprocess
@@ -17,31 +18,40 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from bench import measure, records
+from pyrosome.checkpoint.index import open_checkpoint
+from pyrosome.checkpoint.load import read_tensors
+from pyrosome.checkpoint.save import save_checkpoint
 from pyrosome.config import ModelConfig
+from pyrosome.quant import QuantTensor
 from pyrosome.testing.checkpoints import random_checkpoint
 
 TOLERANCE = 1e-4
 SEED = 11
 
 
-def make_checkpoint(path: Path) -> None:
-    """Seeded bf16 weights of the small shape in the official layout, without a draft stage.
+def make_checkpoints(official: Path, plain: Path, shape: measure.Shape) -> None:
+    """Seeded weights in the official FP8 and FP4 layout, without a draft stage; and their exact values in bfloat16.
 
-    Both sides widen the same bf16 values to float32, so they compute with the same numbers.
+    The other side has no arithmetic for the official layout on a CPU: it is given the values, which bfloat16 holds
+    exactly, and widens them to float32.  So both compute with the same numbers.
     """
-    config = ModelConfig.preset(
-        "flash", **measure.SMALL, compress_ratios=measure.RATIOS, num_nextn_predict_layers=0, expert_dtype=None,
-        quantization=None,
-    )  # fmt: skip
-    random_checkpoint(path, config, SEED, "bf16", num_stages=0)
+    config = ModelConfig.preset("flash", **shape.config, compress_ratios=shape.ratios, num_nextn_predict_layers=0)
+    random_checkpoint(official, config, SEED, "fp8fp4", num_stages=0)
+    tensors = (
+        (name, value.dequantize(torch.bfloat16) if isinstance(value, QuantTensor) else value)
+        for name, value in read_tensors(open_checkpoint(official))
+    )
+    unquantised = dataclasses.replace(config, expert_dtype=None, quantization=None)
+    save_checkpoint(plain, unquantised, tensors)
 
 
 def run_side(
-    python: str, script: str, checkpoint: Path, folder: Path, repeats: int, quick: bool
+    python: str, script: str, checkpoint: Path, folder: Path, repeats: int, quick: bool, shape: str
 ) -> tuple[dict[str, Any], Tensor]:
     """One child process: its measurements, and its logits [T, V].
 
@@ -51,7 +61,7 @@ def run_side(
     out, logits = folder / f"{script}.json", folder / f"{script}.safetensors"
     env = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     extent = "quick" if quick else "full"
-    command = [python, Path(__file__).parent / script, checkpoint, out, logits, str(repeats), extent]
+    command = [python, Path(__file__).parent / script, checkpoint, out, logits, str(repeats), extent, shape]
     if subprocess.run(command, env=env, check=False).returncode:
         raise SystemExit(f"{script} failed under {python}; bench/README.md says what its environment needs")
     return json.loads(out.read_text()), load_file(logits)["logits"]
@@ -86,9 +96,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hf-python", default=os.environ.get("PYROSOME_HF_PYTHON", sys.executable),
                         help="an interpreter with transformers (default: PYROSOME_HF_PYTHON, or this one)")  # fmt: skip
+    parser.add_argument("--shape", choices=measure.SHAPES, default="small")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3, help="of each figure within a round")
-    parser.add_argument("--quick", action="store_true", help="one round, one repeat, no 4,096-token prompt")
+    parser.add_argument("--quick", action="store_true", help="one round, one repeat, short prompts alone")
     parser.add_argument("--no-save", action="store_true", help="leave bench/results/peers.jsonl alone")
     args = parser.parse_args()
     if min(args.rounds, args.repeats) < 1:
@@ -99,11 +110,12 @@ def main() -> int:
     theirs, ours, logits = [], [], []
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        make_checkpoint(folder / "checkpoint")
+        make_checkpoints(folder / "official", folder / "plain", measure.SHAPES[args.shape])
         for _ in range(rounds):
-            sides = ((args.hf_python, "hf_side.py"), (sys.executable, "our_side.py"))
+            sides = ((args.hf_python, "hf_side.py", "plain"), (sys.executable, "our_side.py", "official"))
             (their, their_logits), (our, our_logits) = (
-                run_side(python, script, folder / "checkpoint", folder, repeats, args.quick) for python, script in sides
+                run_side(python, script, folder / checkpoint, folder, repeats, args.quick, args.shape)
+                for python, script, checkpoint in sides
             )
             theirs.append(their)
             ours.append(our)
@@ -122,7 +134,7 @@ def main() -> int:
         cache_mb = row["cache_bytes"] / 1e6
         print(f"{int(n):8,d} tokens: cache {cache_mb:7.2f} MB, peak above the model {row['peak_mb']:7.1f} MB")
     if not args.no_save:
-        record = {**where, "bench": "peers", "shape": "small", "numerics": "exact", "torch": ours[0]["torch"],
+        record = {**where, "bench": "peers", "shape": args.shape, "numerics": "trained", "torch": ours[0]["torch"],
                   "their_torch": theirs[0]["torch"], "their_engine": theirs[0]["engine"],
                   "their_experts": theirs[0]["experts"], "ours": our_rows, "theirs": their_rows, "logits": worst,
                   "same_tokens": tokens_agree, "linear": ours[-1]["linear"], "rounds": rounds,

@@ -92,8 +92,9 @@ def frontier(record: dict[str, Any]) -> str:
         f"seeded weights. Numerics `{record['numerics']}`, rows `{record['kv_format']}`. Its rates are not those of "
         "V4-Flash.\n"
     )
-    verdict = "passed" if not record["problems"] else "FAILED: " + "; ".join(record["problems"])
-    return "\n".join([text, f"Checks of the run: {verdict}.\n", _prefill(record), _decode(record), _memory(record)])
+    return "\n".join(
+        [text, f"Checks of the run: {_verdict(record)}.\n", _prefill(record), _decode(record), _memory(record)]
+    )
 
 
 def _prefill(record: dict[str, Any]) -> str:
@@ -188,9 +189,86 @@ def peers(record: dict[str, Any]) -> str:
     ])  # fmt: skip
 
 
+def kernels(record: dict[str, Any]) -> str:
+    """The CPU's kernels one by one, beside the machine's ceilings."""
+    rows = record["rows"]
+    cells = [
+        (f"`{r['name']}`", f"{r['us']:,.1f}", *_rate(r, "bytes", "read"), *_rate(r, "flops", "gemm"),
+         _limit(r["limit"]), _differences(r["errors"]))
+        for r in rows
+    ]  # fmt: skip
+    head = ("", "µs per call (measured)", "GB/s (measured)", "of the read ceiling (measured)", "GFLOP/s (measured)",
+            "of the bf16 ceiling (measured)", "limit", "differences (measured)")  # fmt: skip
+    text = (
+        f"One thread, instructions `{record['level']}`; medians over calls whose weights and rows come from memory. "
+        "The ceilings were measured before and after each row: "
+        f"{_span(rows, 'ceiling_read')} GB/s summing a buffer, {_span(rows, 'ceiling_gemm')} GFLOP/s in bfloat16 "
+        "products by torch (measured, least and most). Differences are relative to float64.\n"
+    )
+    parts = [text, f"Limits and checks of the run: {_verdict(record)}.\n", table(head, cells)]
+    if share := record.get("overhead"):
+        parts.append(
+            f"Of a decode step of `bench.wide`'s model, {share['step_ms']:.1f} CPU ms with {share['calls']:.0f} calls "
+            f"of kernels, {share['share']:.1%} is spent outside them (measured; limit: below {share['limit']:.0%}).\n"
+        )
+    return "\n".join(parts)
+
+
+def _rate(row: dict[str, Any], unit: str, ceiling: str) -> tuple[str, str]:
+    """A rate per second in units of 10^9, and its share of a ceiling."""
+    share = row[f"{ceiling}_share"]
+    return ("-", "-") if share is None else (f"{row[unit] / row['us'] / 1000:,.1f}", f"{share:.2f}")
+
+
+def _differences(errors: dict[str, Any]) -> str:
+    return ", ".join(f"{what}: {found:.1e}" if found else f"{what}: 0" for what, (found, _) in errors.items()) or "-"
+
+
+def _limit(limit: list[Any] | None) -> str:
+    if limit is None:
+        return "-"
+    kind, value = limit
+    return f"at most {value:g} ms" if kind == "ms" else f"at least {value:.2f} of {'bf16' if kind == 'gemm' else kind}"
+
+
+def _span(rows: list[dict[str, Any]], ceiling: str) -> str:
+    found = [value / 1e9 for row in rows for value in row[ceiling] if value]
+    return f"{min(found):.1f} to {max(found):.1f}" if found else "-"
+
+
+def _verdict(record: dict[str, Any]) -> str:
+    return "passed" if not record["problems"] else "FAILED: " + "; ".join(record["problems"])
+
+
+def wide(record: dict[str, Any]) -> str:
+    """A model of V4-Flash's widths: decoding, prefill, threads."""
+    weights, ratios = record["weights"], ", ".join(str(r) for r in record["layer_ratios"])
+    text = (
+        f"V4-Flash's widths, layers with compress ratios {ratios}, {record['experts']} routed experts, a vocabulary of "
+        f"{record['vocab_size']:,}; seeded weights in FP8 and FP4: {weights['all'] / 1e9:.3f} GB, of which a token "
+        f"reads {weights['touched'] / 1e9:.3f} GB (computed). Numerics `{record['numerics']}`, rows "
+        f"`{record['kv_format']}`, instructions `{record['level']}`.\n"
+    )
+    decode = [
+        (f"{d['context']:,}", f"{d['ms']:.2f}", f"{d['range_ms'][0]:.2f} to {d['range_ms'][1]:.2f}",
+         f"{weights['touched'] / d['ms'] / 1e6:.1f}", f"{d['ceiling_read'] / 1e9:.1f}", f"{d['read_share']:.2f}")
+        for d in record["decode"]
+    ]  # fmt: skip
+    held = [(what, f"{value:.2f}", f"at {kind} {limit:g}") for what, value, kind, limit in record["checks"]]
+    return "\n".join([
+        text,
+        f"Limits of the run: {_verdict(record)}.\n",
+        table(("context", "CPU ms per token, median (measured)", "range (measured)", "GB/s of weights (measured)",
+               "read ceiling, GB/s (measured)", "share of it (measured)"), decode),
+        table(("", "measured", "limit"), held),
+    ])  # fmt: skip
+
+
 SECTIONS: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
     "frontier": ("Long contexts", "python -m bench.frontier", frontier),
     "peers": ("Beside transformers, on the same weights", "python -m bench.peers", peers),
+    "kernels": ("Kernels at V4-Flash's widths", "python -m bench.kernels", kernels),
+    "wide": ("A model of V4-Flash's widths", "python -m bench.wide", wide),
 }
 
 

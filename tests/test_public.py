@@ -93,11 +93,12 @@ def test_the_version_is_the_project_s():
 SIGNATURES = {
     "load_model": {
         "path_or_name": REQUIRED, "device": "cpu", "numerics": "exact", "kv_format": None,
-        "*unpack": None, "*progress": None,
+        "*unpack": None, "*progress": None, "*experts": "resident", "*lock_memory": False, "*numa": "auto",
     },
     "LLM": {
         "path_or_name": REQUIRED, "numerics": "trained", "kv_format": None, "device": "cpu",
-        "*options": None, "*progress": None, "changes": REQUIRED,
+        "*options": None, "*progress": None, "*experts": "resident", "*lock_memory": False, "*numa": "auto",
+        "changes": REQUIRED,
     },
     "LLM.generate": {"prompts": REQUIRED, "params": None},
     "LLM.stream": {"prompt": REQUIRED, "params": None},

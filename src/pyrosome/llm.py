@@ -45,12 +45,24 @@ class LLM:
         kv_format: str | None = None,
         device: str = "cpu",
         *,
+        experts: str = "resident",
+        lock_memory: bool = False,
+        numa: str = "auto",
         options: EngineOptions | None = None,
         progress: Callable[[int, int, str], None] | None = None,
         **changes: Any,
     ) -> None:
         self.options = dataclasses.replace(options or EngineOptions(), **_known(changes))
-        self.model = load_model(path_or_name, device, numerics, kv_format, progress=progress)
+        self.model = load_model(
+            path_or_name,
+            device,
+            numerics,
+            kv_format,
+            experts=experts,
+            lock_memory=lock_memory,
+            numa=numa,
+            progress=progress,
+        )
         self.tokenizer = Tokenizer.from_dir(self.model.path)
         self._numbers = itertools.count()
 

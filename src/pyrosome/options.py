@@ -112,6 +112,30 @@ class EngineOptions:
                 raise RequestError(f"{name} is {getattr(self, name)!r}; a path as text was expected")
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class LoadOptions:
+    """Where a model's weights are held.
+
+    Raises:
+        RequestError: a field is of a wrong type or none of its values; the message names it.
+    """
+
+    # "resident": in memory; "mapped": routed experts stay in the checkpoint's files and are read from there, for a
+    # machine whose memory is smaller than they are.  The files must not change meanwhile.
+    experts: str = "resident"
+    lock_memory: bool = False  # quantised weights that are held in memory are never swapped out
+    numa: str = "auto"  # "auto": weights are spread over all memory nodes, where there are several; "off": not
+
+    def __post_init__(self) -> None:
+        for name, values in (("experts", EXPERTS), ("numa", NUMA)):
+            if getattr(self, name) not in values:
+                raise RequestError(f"{name} is {getattr(self, name)!r}; it is one of {', '.join(values)}")
+        if not isinstance(self.lock_memory, bool):
+            raise RequestError(f"lock_memory is {self.lock_memory!r}; true or false was expected")
+
+
+EXPERTS = ("resident", "mapped")
+NUMA = ("auto", "off")
 DRAFTERS = ("auto", "mtp", "lookup", "off")
 
 

@@ -17,7 +17,7 @@ NANO = open_checkpoint("builtin:nano").path
 def test_the_quick_form_leaves_a_record_with_a_rate_and_a_ratio_for_each_number(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(engine, "COUNTS", (1, 3))
     monkeypatch.setattr(engine, "RESULTS", tmp_path)
-    monkeypatch.setattr(engine.peers, "make_checkpoint", lambda path: shutil.copytree(NANO, path))
+    monkeypatch.setattr(engine.peers, "make_checkpoints", lambda path, plain, shape: shutil.copytree(NANO, path))
     monkeypatch.setattr("sys.argv", ["engine", "--quick", "--no-hf"])
     assert engine.main() == 0
     record = json.loads((tmp_path / "engine.jsonl").read_text())
@@ -58,7 +58,7 @@ def test_a_batch_is_compared_by_turns_in_every_round(monkeypatch, tmp_path):
         return {"seconds": {"16": [2.0]}, "tokens": [[1, 2], [3, 5 if differs else 4]]}
 
     monkeypatch.setattr(engine, "child", child)
-    found = engine.against("python", tmp_path, tmp_path, 64, 1, 2)
+    found = engine.against("python", tmp_path, tmp_path, tmp_path, 64, 1, 2)
     assert asked == ["batch_hf.py", "batch_ours.py"] * 2
     assert (found["ours"], found["ratio"], found["same"]) == (512, 1.5, 1)
 
@@ -75,11 +75,11 @@ def test_the_verdict_is_the_exit_status(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(engine, "RESULTS", tmp_path)
     monkeypatch.setattr(engine, "at_once", at_once)
     monkeypatch.setattr(engine, "against", against)
-    monkeypatch.setattr(engine.peers, "make_checkpoint", lambda path: None)
+    monkeypatch.setattr(engine.peers, "make_checkpoints", lambda *about: None)
     monkeypatch.setattr("sys.argv", ["engine"])
-    for *values, status in ((4.1, 1.6, 16, 0), (3.9, 1.6, 16, 1), (4.1, 1.4, 16, 1), (4.1, 1.6, 15, 1)):
+    for *values, status in ((4.1, 10.6, 16, 0), (3.9, 10.6, 16, 1), (4.1, 9.4, 16, 1), (4.1, 10.6, 15, 1)):
         found[:] = values
         assert engine.main() == status
     lines = (tmp_path / "engine.jsonl").read_text().splitlines()
-    assert len(lines) == 4 and json.loads(lines[0])["batch of 16"]["ratio"] == 1.6
-    assert "ratio 1.60" in capsys.readouterr().out
+    assert len(lines) == 4 and json.loads(lines[0])["batch of 16"]["ratio"] == 10.6
+    assert "ratio 10.60" in capsys.readouterr().out

@@ -54,6 +54,38 @@ def peers_record() -> dict:
     }  # fmt: skip
 
 
+def kernels_record(**changes) -> dict:
+    def row(name, us, limit=None, size=0, flops=0, errors=None):
+        return {
+            "name": name, "us": us, "range_us": [us - 1, us + 1], "samples": 7, "bytes": size, "flops": flops,
+            "ceiling_read": [25e9, 27e9], "ceiling_gemm": [150e9, 160.5e9] if flops else [0.0, 0.0],
+            "read_share": 0.81 if size else None, "gemm_share": 0.93 if flops else None, "limit": limit,
+            "errors": errors or {}, "problems": [],
+        }  # fmt: skip
+
+    return {
+        **ORIGIN, "bench": "kernels", "level": "avx512", "problems": [],
+        "rows": [row("fp4-w1", 200.0, ["read", 0.75], 4_400_000, errors={"from float64": [2.4e-8, 1e-5]}),
+                 row("fp4-w1-m512", 71720.5, ["gemm", 0.8], flops=8_600_000_000, errors={"bits unlike": [0, 0]}),
+                 row("indexer", 14500.0, ["ms", 15.0], 17_800_000, 4_300_000_000), row("norm_rope", 17.25)],
+        "overhead": {"share": 0.067, "step_ms": 60.25, "calls": 190, "timer_us": 0.6, "limit": 0.1}, **changes,
+    }  # fmt: skip
+
+
+def wide_record(**changes) -> dict:
+    return {
+        **ORIGIN, "bench": "wide", "level": "avx512", "numerics": "trained", "kv_format": "fp8", "experts": 32,
+        "vocab_size": 4096, "layer_ratios": [0, 0, 4, 128, 4, 128], "problems": [],
+        "weights": {"all": 3_456_000_000, "touched": 1_370_000_000},
+        "decode": [{"context": 4096, "ms": 68.5, "range_ms": [66.0, 71.0], "read_share": 0.77, "ceiling_read": 26e9},
+                   {"context": 262144, "ms": 99.0, "range_ms": [97.0, 103.0], "read_share": 0.53,
+                    "ceiling_read": 26e9}],
+        "prefill": {"tokens": 512, "ms": 24.5, "range_ms": [24.0, 25.0]}, "several": {},
+        "checks": [["share of the read ceiling at 4,096 tokens", 0.77, "least", 0.7],
+                   ["CPU ms per token at 4,096 tokens", 68.5, "most", 80.0]], **changes,
+    }  # fmt: skip
+
+
 def test_every_figure_of_the_frontier_is_on_the_page_and_marked():
     text = report.page({"frontier": frontier_record()})
     for row in (
@@ -76,7 +108,10 @@ def test_every_figure_of_the_frontier_is_on_the_page_and_marked():
     assert heads and all("measured" in h or "computed" in h for h in heads if "| |" not in h and "bytes per" not in h)
 
 
-@pytest.mark.parametrize("record", [frontier_record(), peers_record()], ids=["frontier", "peers"])
+RECORDS = [frontier_record(), peers_record(), kernels_record(), wide_record()]
+
+
+@pytest.mark.parametrize("record", RECORDS, ids=[r["bench"] for r in RECORDS])
 def test_a_section_says_where_its_figures_come_from(record):
     section = report.page({record["bench"]: record})
     for said in (
@@ -98,7 +133,39 @@ def test_peers_are_set_side_by_side():
     assert "| 4,096 | 1,234,567 | 99.5 |" in text
 
 
+def test_kernels_stand_beside_their_ceilings():
+    text = report.page({"kernels": kernels_record()})
+    for row in (
+        "| `fp4-w1` | 200.0 | 22.0 | 0.81 | - | - | at least 0.75 of read | from float64: 2.4e-08 |",
+        "| `fp4-w1-m512` | 71,720.5 | - | - | 119.9 | 0.93 | at least 0.80 of bf16 | bits unlike: 0 |",
+        "| `indexer` | 14,500.0 | 1.2 | 0.81 | 296.6 | 0.93 | at most 15 ms | - |",
+        "| `norm_rope` | 17.2 | - | - | - | - | - | - |",
+        "25.0 to 27.0 GB/s summing a buffer, 150.0 to 160.5 GFLOP/s in bfloat16",
+        "60.2 CPU ms with 190 calls of kernels, 6.7% is spent outside them (measured; limit: below 10%)",
+    ):
+        assert row in text
+    assert "Limits and checks of the run: passed." in text
+    alone = kernels_record(rows=kernels_record()["rows"][-1:])
+    del alone["overhead"]
+    assert "spent outside" not in report.page({"kernels": alone}) and "- GFLOP/s" in report.page({"kernels": alone})
+
+
+def test_a_wide_model_has_its_rates_and_its_limits():
+    text = report.page({"wide": wide_record()})
+    for row in (
+        "3.456 GB, of which a token reads 1.370 GB (computed)",
+        "| 4,096 | 68.50 | 66.00 to 71.00 | 20.0 | 26.0 | 0.77 |",
+        "| 262,144 | 99.00 | 97.00 to 103.00 | 13.8 | 26.0 | 0.53 |",
+        "| share of the read ceiling at 4,096 tokens | 0.77 | at least 0.7 |",
+        "| CPU ms per token at 4,096 tokens | 68.50 | at most 80 |",
+        "Limits of the run: passed.",
+    ):
+        assert row in text
+
+
 def test_what_failed_is_said():
+    assert "FAILED: too slow" in report.page({"kernels": kernels_record(problems=["too slow"])})
+    assert "FAILED: too slow" in report.page({"wide": wide_record(problems=["too slow"])})
     assert "FAILED: 4,096: layer 1: no" in report.page({"frontier": frontier_record(problems=["4,096: layer 1: no"])})
     assert "Greedy tokens: DIFFERENT" in report.page({"peers": {**peers_record(), "same_tokens": False}})
 
@@ -128,7 +195,7 @@ def test_the_page_and_its_pictures_are_made_the_same_every_time(tmp_path, capsys
     pytest.importorskip("matplotlib", reason="the pictures need the extra `bench`")
     results = tmp_path / "results"
     results.mkdir()
-    for record in (frontier_record(), peers_record()):
+    for record in RECORDS:
         (results / f"{record['bench']}.jsonl").write_text(json.dumps(record))
     for docs in ("a", "b"):
         assert report.main(["--results", str(results), "--docs", str(tmp_path / docs)]) == 0

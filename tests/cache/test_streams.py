@@ -236,10 +236,9 @@ def test_a_sequence_is_counted_by_the_rows_it_has_finished():
 
 def test_constants_fit_each_other():
     from pyrosome import config
-    from pyrosome.model import numerics
-    from pyrosome.quant import rows
+    from pyrosome.quant import activation, rows
 
-    assert FP8_GROUP == rows.KV_GROUP == numerics.KV_GROUP and FP4_GROUP == rows.INDEX_GROUP
+    assert FP8_GROUP == rows.KV_GROUP == activation.KV_GROUP and FP4_GROUP == rows.INDEX_GROUP
     assert BLOCK_TOKENS == config.BLOCK_TOKENS
     assert KV_FORMATS == ("f32", "bf16", "fp8")
 

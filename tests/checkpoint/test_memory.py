@@ -1,4 +1,7 @@
-"""A whole model loaded as it is stored: the load peaks at the weights and one shard, and no file stays mapped."""
+"""A whole model loaded as it is stored: the load peaks at the weights and one shard, and no file stays mapped.
+
+Shards are read ahead meanwhile, which no figure here may show.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,17 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
+from pyrosome.checkpoint import load
+from pyrosome.checkpoint.index import open_checkpoint
+from pyrosome.checkpoint.load import read_tensors
 from pyrosome.config import ModelConfig
-from tests.checkpoint.files import random_checkpoint
+from tests.checkpoint.files import copied, random_checkpoint, split
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="VmHWM and /proc/self/maps are Linux's")
 
@@ -82,6 +90,7 @@ def test_the_checkpoint_is_large_enough_to_tell(loaded):
     measured, total, shard, names = loaded
     assert len(names) == NUM_SHARDS and 150e6 < total < 320e6
     assert ALLOWANCE < shard < total / 4
+    assert total > load._WORTH_AHEAD  # or nothing was read ahead
     # Weights are held as stored: only small vectors and the gates become float32.
     assert total <= measured["kept"] + 1e6 and measured["kept"] < 1.02 * total
 
@@ -117,3 +126,102 @@ def test_a_process_that_maps_a_shard_is_seen_to(tmp_path: Path):
     assert any(str(file) in line for line in Path("/proc/self/maps").read_text().splitlines())
     del kept
     assert not any(str(file) in line for line in Path("/proc/self/maps").read_text().splitlines())
+
+
+# ---------------------------------------------------------------- reading ahead
+
+
+class Asked:
+    """What the system was asked to read: {file name: bytes}, in order of the files."""
+
+    def __init__(self):
+        self.found: dict[str, set[int]] = {}
+
+    def __call__(self, fd, at, length, advice):
+        assert advice == os.POSIX_FADV_WILLNEED and length == load._PIECE
+        self.found.setdefault(Path(os.readlink(f"/proc/self/fd/{fd}")).name, set()).update(range(at, at + length))
+
+    def files(self, count):
+        """Their names, once there are so many."""
+        end = time.monotonic() + 60
+        while len(self.found) < count and time.monotonic() < end:
+            time.sleep(0.001)
+        return list(self.found)
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Every load is worth reading ahead for, in pieces of 4 KB."""
+    asked = Asked()
+    monkeypatch.setattr(load, "_WORTH_AHEAD", 0)
+    monkeypatch.setattr(load, "_PIECE", 4096)
+    monkeypatch.setattr(os, "posix_fadvise", asked)
+    return asked
+
+
+def no_thread_is_left():
+    return not [t for t in threading.enumerate() if t.name == "pyrosome-read-ahead"]
+
+
+def test_a_shard_and_the_next_are_read_ahead(tmp_path, asked):
+    directory = copied(tmp_path)
+    names = split(directory, 5)
+    index = open_checkpoint(directory)
+    begun = []
+    for name, _ in read_tensors(index):
+        shard = index.tensors[name].file.name
+        if shard not in begun:
+            begun.append(shard)
+            wanted = names[: len(begun) + 1]
+            assert asked.files(len(wanted)) == wanted
+            time.sleep(0.01)  # and no more: the one after waits until this shard is done
+            assert asked.files(len(wanted)) == wanted
+    assert begun == names and no_thread_is_left()
+    for info in index.tensors.values():
+        if info.file.name != names[-1]:  # what is left of the last is not asked for when it has been read
+            assert asked.found[info.file.name].issuperset(range(info.begin, info.end))
+
+
+def test_only_what_is_wanted_is_read_ahead(tmp_path, asked):
+    directory = copied(tmp_path)
+    names = split(directory, 3)
+    index = open_checkpoint(directory)
+    (name,) = [n for n in index.tensors if n == "layers.1.ffn.experts.0.w1.weight"]
+    info = index.tensors[name]
+    for _ in read_tensors(index, [name]):
+        assert asked.files(1) == [info.file.name] and info.file.name in names
+    assert len(asked.found[info.file.name]) < info.nbytes + load._PIECE
+
+
+def test_a_load_that_ends_half_way_leaves_no_thread(tmp_path, asked):
+    directory = copied(tmp_path)
+    split(directory, 5)
+    tensors = read_tensors(open_checkpoint(directory))
+    next(tensors)
+    assert not no_thread_is_left()
+    tensors.close()
+    assert no_thread_is_left()
+
+
+def test_a_shard_that_cannot_be_read_ahead_is_read_all_the_same(tmp_path, asked, monkeypatch):
+    def refuse(*_):
+        raise OSError("not here")
+
+    monkeypatch.setattr(os, "posix_fadvise", refuse)
+    index = open_checkpoint(copied(tmp_path))
+    assert len(list(read_tensors(index))) > 0 and no_thread_is_left()
+
+
+def test_where_the_call_does_not_exist_a_load_does_without(tmp_path, asked, monkeypatch):
+    monkeypatch.delattr(os, "posix_fadvise")
+    tensors = read_tensors(open_checkpoint(copied(tmp_path)))
+    next(tensors)
+    assert no_thread_is_left()
+    assert len(list(tensors)) > 0
+
+
+def test_a_small_load_starts_no_thread(tmp_path):
+    tensors = read_tensors(open_checkpoint(copied(tmp_path)))
+    next(tensors)
+    assert no_thread_is_left()
+    tensors.close()

@@ -10,7 +10,7 @@ import torch
 from pyrosome.cache.views import FreshLayer
 from pyrosome.model.deepseek_v4 import CSA_RATIO
 from pyrosome.model.step import Span, Step
-from pyrosome.ops.hyper_connection import hyper_connection_out
+from pyrosome.ops.hyper_connection import hyper_connection_in, hyper_connection_out
 from pyrosome.quant import hadamard
 from tests.golden.vectors import ids, layer_numbers, model, vectors
 
@@ -54,7 +54,9 @@ def test_compressor(kind):
     x = v[f"{kind}.attn.in"]
     step = whole(len(x))
     turn = turns(network, step, block.ratio).emitted
-    ours = block.attn.compressor(x, step.emit(block.ratio), turn, FreshLayer(step), "tail")
+    compressor = block.attn.compressor
+    kv, gate = compressor.wkv(x), compressor.wgate(x)
+    ours = compressor(kv, gate, step.emit(block.ratio), turn, FreshLayer(step), "tail")
     close(ours, v[f"{kind}.compressor.out"])
 
 
@@ -65,10 +67,12 @@ def test_indexer_rows_scores_and_choice():
     step = whole(len(x))
     turn = turns(network, step, CSA_RATIO)
     indexer, latent = block.attn.indexer, block.attn.q_norm(block.attn.wq_a(x))
-    rows = indexer.compressor(x, step.emit(CSA_RATIO), turn.emitted, FreshLayer(step), "index_tail")
+    kv, gate = indexer.compressor.wkv(x), indexer.compressor.wgate(x)
+    rows = indexer.compressor(kv, gate, step.emit(CSA_RATIO), turn.emitted, FreshLayer(step), "index_tail")
     close(hadamard(rows), v["csa.indexer.compressor.out"])
 
-    score, index = indexer(x, latent, step, turn, FreshLayer(step))
+    weight = indexer.weights_proj(x)
+    score, index = indexer(indexer.wq_b(latent), kv, gate, weight, step, turn, FreshLayer(step))
     clear = v["csa.indexer.topk_gap"] > 1e-4
     assert clear.float().mean() > 0.9
     ours = torch.where(index < 0, 10_000, index)[clear].sort(-1).values  # unused entries last, as -1 sorts first
@@ -88,7 +92,7 @@ def test_experts(kind):
     block = network.layers[layer_numbers()[kind]]
     x = v[f"{kind}.ffn.in"]
     step = whole(len(x), ids("bf16")[: len(x)])
-    expert, weight = block.ffn.gate(x, step.ids_T)
+    expert, weight = block.ffn.gate(x, step)
     order = v[f"{kind}.gate.indices"].long().argsort(-1)
     assert torch.equal(expert.sort(-1).values, v[f"{kind}.gate.indices"].long().sort(-1).values)
     close(weight.gather(1, expert.argsort(-1)), v[f"{kind}.gate.weights"].gather(1, order))
@@ -98,7 +102,8 @@ def test_experts(kind):
 def test_hyper_connection():
     v, network = vectors(INTER), model("bf16").network
     block = network.layers[layer_numbers()["csa"]]
-    u, post, comb = block.hc_attn(v["mhc.x"])
+    hc = block.hc_attn
+    u, post, comb = hyper_connection_in(v["mhc.x"], hc.fn, hc.base, hc.scale, hc.eps, hc.hc_eps, hc.iters)
     close(u, v["mhc.pre_y"])
     close(post, v["mhc.post"])
     close(comb, v["mhc.comb"])

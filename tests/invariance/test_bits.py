@@ -1,16 +1,20 @@
 """On the native kernels routes agree to the last bit: both arithmetics, every format of rows and of weights."""
 
+import copy
 import ctypes
 
 import pytest
 import torch
 
+from pyrosome.engine.loaded import load_model
 from pyrosome.engine.runner import Runner
+from pyrosome.model.layers import Weight
 from pyrosome.model.step import Span, Step
 from pyrosome.ops import native
 from pyrosome.ops.seam import OPS, use
+from pyrosome.quant.tiles import TiledWeight, untile
 from pyrosome.testing.shapes import tiny
-from tests.golden.vectors import ids, model
+from tests.golden.vectors import GOLDEN, ids, model
 from tests.networks import network, run, tokens
 
 try:
@@ -64,11 +68,18 @@ def test_whole_equals_chunks_equals_token_by_token(name, numerics, kv_format, un
         assert torch.equal(pieces, whole), f"cuts {cuts}"
 
 
-@on_both_checkpoints
-def test_weights_as_stored_equal_unpacked_ones(name):
-    unpacked, stored = (model(name, "trained", "fp8", unpack).network for unpack in (True, False))
-    prompt = ids(name)
-    assert torch.equal(run(unpacked, prompt, kv_format="fp8"), run(stored, prompt, kv_format="fp8"))
+@pytest.mark.parametrize("numerics", ["exact", "trained"])
+def test_weights_in_tiles_equal_those_in_rows(numerics):
+    in_tiles = load_model(GOLDEN / "fp8fp4", numerics=numerics, unpack=False).network
+    in_rows = copy.deepcopy(in_tiles)
+    for module in in_rows.modules():
+        if isinstance(module, Weight) and isinstance(module.value, TiledWeight):
+            module.value = untile(module.value)
+    stacks = in_rows.bank._stacks
+    stacks.update({k: untile(v) for k, v in stacks.items() if isinstance(v, TiledWeight)})
+    assert in_rows.layers[1].attn.wq_a.value.scale.numel()
+    prompt = ids("fp8fp4")
+    assert torch.equal(run(in_tiles, prompt, kv_format="fp8"), run(in_rows, prompt, kv_format="fp8"))
 
 
 @on_both_checkpoints

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 from pathlib import Path
@@ -15,7 +16,9 @@ from pyrosome.errors import CheckpointError, MissingTensor
 from pyrosome.model import build as build_module
 from pyrosome.model.build import build
 from pyrosome.model.numerics import EXACT, TRAINED, unchanged
+from pyrosome.ops import native
 from pyrosome.quant import FORMATS, QuantTensor
+from pyrosome.quant.tiles import TiledWeight
 from tests.checkpoint.files import DATA, SHARD, copied, read_entries, rewrite, split
 
 SETS = ["golden/bf16", "golden/fp8fp4"]
@@ -37,7 +40,7 @@ def held(network, name: str):
         stack = getattr(stacks, parts[at + 2])
         number = int(parts[at + 1])
         if isinstance(stack, QuantTensor):
-            return QuantTensor(stack.format, stack.data[number], stack.scale[number])
+            return dataclasses.replace(stack, data=stack.data[number], scale=stack.scale[number:][:1].squeeze(0))
         return stack[number]
     *path, leaf = parts
     if leaf.startswith("hc_"):
@@ -108,8 +111,14 @@ def test_size_decides_what_is_unpacked(monkeypatch, threshold):
     index = open_checkpoint(DATA / "golden/fp8fp4")
     limit = 4 * index.num_weights + {"above": 1, "at": 0, "below": -1}[threshold]
     monkeypatch.setattr(build_module, "UNPACK_BYTES", limit)
+    monkeypatch.setattr(native, "available", lambda: False)
     held_as = build(index, TRAINED).layers[1].attn.wq_a.value
     assert isinstance(held_as, QuantTensor) == (threshold == "below")
+
+
+def test_native_kernels_take_weights_as_stored():
+    held_as = build(open_checkpoint(DATA / "golden/fp8fp4"), TRAINED).layers[1].attn.wq_a.value
+    assert isinstance(held_as, TiledWeight) == native.available()
 
 
 def test_progress_is_passed_on(tmp_path):

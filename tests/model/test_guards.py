@@ -58,7 +58,7 @@ def test_a_cached_step_reads_nothing_back(numerics, unpack):
                 hidden = streams_at(draft_step, step, streams, pool.draft_hidden[draft_step.slot_B])
                 model.draft_stage.draft(model, draft_step, hidden, pool.draft_layer(draft_step))
                 keep_streams(step, streams, pool.draft_hidden)
-            assert guard.seen > 500
+            assert guard.seen > 200  # operations of torch: those of the native kernels are not seen
 
 
 def _stored(config, numerics):

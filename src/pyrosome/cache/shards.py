@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from pyrosome.cache.streams import PAGE_ROWS
-from pyrosome.cache.views import LayerCache, PagedRows, PooledLayer
+from pyrosome.cache.views import LayerCache, PagedRows, PooledLayer, WindowRows
 from pyrosome.dist import Mesh
 from pyrosome.ops.compress import Emit
-from pyrosome.ops.rows import RowSource, UnitedRows
+from pyrosome.ops.rows import RowSource
 
 
 def shard_layers(layers: Sequence[LayerCache], mesh: Mesh) -> list[LayerCache]:
@@ -37,7 +37,7 @@ class SharedLayer:
     def __init__(self, layer: PooledLayer, mesh: Mesh) -> None:
         self.layer, self.mesh, self.ring_rows = layer, mesh, layer.ring_rows
 
-    def window(self, fresh_TC: Tensor) -> UnitedRows:
+    def window(self, fresh_TC: Tensor) -> WindowRows:
         return self.layer.window(fresh_TC)
 
     def stored(self, rows: Tensor) -> Tensor:
@@ -74,6 +74,11 @@ class SharedRows(PagedRows):
         page_P = torch.arange(rows.table_BP.shape[1], device=rows.table_BP.device)
         # Page 0 is nobody's: what stands there is not to be given.
         self.table_BP = rows.table_BP.masked_fill(page_owner(page_P, mesh) != mesh.rank, 0)
+
+    @property
+    def stored(self) -> None:
+        """Never in place: the bytes are other ranks' as well."""
+        return None
 
     def decode_places(self, place_N: Tensor) -> Tensor:
         missing_N1 = (place_N < PAGE_ROWS)[:, None]

@@ -6,6 +6,7 @@ K rows read per token, P pages per sequence, C row width, E projected channels.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -14,8 +15,9 @@ from torch import Tensor
 
 from pyrosome.cache.streams import PAGE_ROWS
 from pyrosome.ops.compress import Emit
-from pyrosome.ops.rows import RowSource, UnitedRows
-from pyrosome.quant.rows import RowFormat
+from pyrosome.ops.rows import Pages, Ring, RowSource, UnitedRows
+from pyrosome.ops.store import as_stored, store_rows
+from pyrosome.quant.rows import FloatRows, RowFormat
 
 
 class StepLike(Protocol):
@@ -32,6 +34,7 @@ class StepLike(Protocol):
     @property
     def layout(self) -> tuple[tuple[int, int], ...]: ...
     def ring_place(self, ring_rows: int) -> tuple[Tensor, Tensor]: ...
+    def flat_place(self, ring_rows: int) -> Tensor: ...
 
 
 class LayerCache(Protocol):
@@ -45,6 +48,14 @@ class LayerCache(Protocol):
     def tail(self, name: str, like_TE: Tensor) -> tuple[Tensor, Tensor]: ...
     def keep_tail(self, name: str, kv_TE: Tensor, gate_TE: Tensor) -> None: ...
     def history(self, name: str, rows_MC: Tensor, emit: Emit, ratio: int) -> RowSource: ...
+
+
+TAIL_ROWS = FloatRows("f32", torch.float32)
+
+
+def _flat(planes: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Planes [S, R, ..] as [S x R, ..]."""
+    return tuple(plane.view(-1, plane.shape[-1]) for plane in planes)
 
 
 class FreshLayer:
@@ -110,18 +121,15 @@ class PooledLayer:
         self._tails, self._histories = tails, histories
         self.ring_rows = window[0].shape[1]
 
-    def window(self, fresh_TC: Tensor) -> UnitedRows:
-        ring_BRC = self._format.decode(tuple(plane[self.step.slot_B] for plane in self._window))
-        return UnitedRows(ring_BRC, fresh_TC)
+    def window(self, fresh_TC: Tensor) -> WindowRows:
+        return WindowRows(self._window, self._format, self.step.slot_B, fresh_TC)
 
     def stored(self, rows: Tensor) -> Tensor:
         """The rows as they will be read back: a span must see its own rows as later spans will."""
-        return self._format.round_trip(rows)
+        return as_stored(rows, self._format)  # type: ignore[no-any-return]
 
     def keep_window(self, rows_TC: Tensor) -> None:
-        place = self.step.ring_place(self.ring_rows)
-        for plane, encoded in zip(self._window, self._format.encode(rows_TC), strict=True):
-            plane[place] = encoded
+        store_rows(rows_TC, _flat(self._window), self._format, self.step.flat_place(self.ring_rows))
 
     def tail(self, name: str, like_TE: Tensor) -> tuple[Tensor, Tensor]:
         kv_SRE, gate_SRE = self._tails[name]
@@ -129,9 +137,9 @@ class PooledLayer:
 
     def keep_tail(self, name: str, kv_TE: Tensor, gate_TE: Tensor) -> None:
         kv_SRE, gate_SRE = self._tails[name]
-        place = self.step.ring_place(kv_SRE.shape[1])
-        kv_SRE[place] = kv_TE.to(kv_SRE.dtype)
-        gate_SRE[place] = gate_TE.to(gate_SRE.dtype)
+        place_T = self.step.flat_place(kv_SRE.shape[1])
+        store_rows(kv_TE, (kv_SRE.view(-1, kv_SRE.shape[-1]),), TAIL_ROWS, place_T)
+        store_rows(gate_TE, (gate_SRE.view(-1, gate_SRE.shape[-1]),), TAIL_ROWS, place_T)
 
     def history(self, name: str, rows_MC: Tensor, emit: Emit, ratio: int) -> RowSource:
         planes, row_format, table_SP = self._histories[name]
@@ -147,8 +155,27 @@ class PooledLayer:
         page_M = table_SP[emit.slot, (row_M // PAGE_ROWS).clamp(min=0)]
         # The spare page's last row takes what is not to be kept; its first stays zero and stands for "nothing".
         place_M = torch.where(emit.end >= 0, page_M * PAGE_ROWS + row_M % PAGE_ROWS, PAGE_ROWS - 1)
-        for plane, encoded in zip(planes, row_format.encode(rows_MC), strict=True):
-            plane[place_M] = encoded
+        store_rows(rows_MC, planes, row_format, place_M)
+
+
+class WindowRows(UnitedRows):
+    """The rings of a pool united with this step's own rows; decoded only where somebody asks for floats."""
+
+    def __init__(self, planes: tuple[Tensor, ...], row_format: RowFormat, slot_B: Tensor, fresh_TC: Tensor) -> None:
+        self.planes, self.row_format, self.slot_B, self.fresh_TC = planes, row_format, slot_B, fresh_TC
+        self.format, self.ring_rows = row_format.name, planes[0].shape[1]
+        self.num_rows = 1 + slot_B.shape[0] * self.ring_rows + fresh_TC.shape[0]
+
+    @property
+    def stored(self) -> Ring:
+        """For kernels that read rows in place."""
+        return Ring(self.planes, self.row_format, self.slot_B, self.fresh_TC)
+
+    @functools.cached_property
+    def rows_NC(self) -> Tensor:  # type: ignore[override]
+        """Rows as `UnitedRows` numbers them, float [N, C]."""
+        ring_BRC = self.row_format.decode(tuple(plane[self.slot_B] for plane in self.planes))
+        return UnitedRows(ring_BRC, self.fresh_TC).rows_NC
 
 
 class PagedRows:
@@ -160,6 +187,11 @@ class PagedRows:
         self.planes, self.row_format, self.table_BP = planes, row_format, table_BP
         self.format, self.span_T = row_format.name, step.span_T
         self.num_rows = min(step.context // ratio, table_BP.shape[1] * PAGE_ROWS)
+
+    @property
+    def stored(self) -> Pages | None:
+        """For kernels that read rows in place."""
+        return Pages(self.planes, self.row_format, self.table_BP, self.span_T)
 
     def read(self, index_TK: Tensor) -> tuple[Tensor, Tensor]:
         (T, K), B = index_TK.shape, self.table_BP.shape[0]

@@ -1,13 +1,19 @@
 """Tensors of a checkpoint, shard by shard, through a memory map.
 
 A value yielded is a view of the mapping: whoever keeps it copies it, and when a shard is done its mapping
-goes.  So a load peaks at what was kept plus one shard.
+goes.  So a load peaks at what was kept plus one shard.  Meanwhile the system is asked to read what comes next, so that
+the disk works while values are copied; what it holds for that is its own to take back, as is what it keeps of shards
+that are done, from which the next load is faster.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
+import threading
 from collections.abc import Callable, Collection, Iterator
 from itertools import groupby
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -21,6 +27,10 @@ from pyrosome.quant.formats import DTYPES
 
 Progress = Callable[[int, int, str], None]
 _E8M0_NAN = 255
+_PIECE = 1 << 20  # bytes asked for at once: of a larger request Linux reads only the beginning
+_WORTH_AHEAD = 1 << 26  # bytes; fewer are read before a thread would be of use
+
+Ranges = list[tuple[int, int]]
 
 
 def read_tensors(
@@ -47,15 +57,59 @@ def read_tensors(
     done = 0
     # Of this call alone: one that ends half-way, or another beside it, must leave no mapping of an older file behind.
     mapped: dict[str, Tensor] = {}
-    for file, group in groupby(by_file, key=lambda n: index.tensors[n].file):
-        for name in group:
-            yield name, _read(index, name, mapped)
-            done += index.tensors[name].nbytes
-            if scale_name(name) in scales and scale_name(name) in index.tensors:
-                done += index.tensors[scale_name(name)].nbytes
-        mapped.clear()
-        if progress is not None:
-            progress(done, total, file.name)
+    with _reading_ahead(_ranges([index.tensors[n] for n in wanted]) if total >= _WORTH_AHEAD else {}) as shard_done:
+        for file, group in groupby(by_file, key=lambda n: index.tensors[n].file):
+            for name in group:
+                yield name, _read(index, name, mapped)
+                done += index.tensors[name].nbytes
+                if scale_name(name) in scales and scale_name(name) in index.tensors:
+                    done += index.tensors[scale_name(name)].nbytes
+            mapped.clear()
+            shard_done()
+            if progress is not None:
+                progress(done, total, file.name)
+
+
+def _ranges(tensors: list[TensorInfo]) -> dict[Path, Ranges]:
+    """What is read of each file, in order, neighbours joined."""
+    found: dict[Path, Ranges] = {}
+    for info in sorted(tensors, key=lambda t: (t.file.name, t.begin)):
+        parts = found.setdefault(info.file, [])
+        if parts and info.begin - parts[-1][1] < _PIECE:
+            parts[-1] = parts[-1][0], max(info.end, parts[-1][1])
+        else:
+            parts.append((info.begin, info.end))
+    return found
+
+
+@contextlib.contextmanager
+def _reading_ahead(files: dict[Path, Ranges]) -> Iterator[Callable[[], None]]:
+    """Have the system read the first two files, and one more each time the yielded function is called.
+
+    A thread asks, because a request waits when the disk has many.
+    """
+    if not files or not hasattr(os, "posix_fadvise"):
+        yield lambda: None
+        return
+    allowed, over = threading.Semaphore(2), threading.Event()
+
+    def ask() -> None:
+        for file, parts in files.items():
+            allowed.acquire()
+            with contextlib.suppress(OSError), file.open("rb", buffering=0) as f:  # whoever reads it will say more
+                for at in (at for begin, end in parts for at in range(begin, end, _PIECE)):
+                    if over.is_set():
+                        return
+                    os.posix_fadvise(f.fileno(), at, _PIECE, os.POSIX_FADV_WILLNEED)
+
+    thread = threading.Thread(target=ask, name="pyrosome-read-ahead", daemon=True)
+    thread.start()
+    try:
+        yield allowed.release
+    finally:
+        over.set()
+        allowed.release()
+        thread.join()
 
 
 def _read(index: CheckpointIndex, name: str, mapped: dict[str, Tensor]) -> Tensor | QuantTensor:

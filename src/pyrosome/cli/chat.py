@@ -16,7 +16,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 import typer
 
 from pyrosome.cli.conversation import Conversation
-from pyrosome.cli.engine_flags import CACHE_GIB, CacheGiB, Drafter, LogEvery, TracePath, engine_options
+from pyrosome.cli.engine_flags import (
+    CACHE_GIB,
+    CacheGiB,
+    Drafter,
+    Experts,
+    LockMemory,
+    LogEvery,
+    Numa,
+    TracePath,
+    engine_options,
+    load_options,
+)
 from pyrosome.cli.first_contact import BUILTIN, MODEL_HELP, official_note
 from pyrosome.cli.history import remembered, typed
 from pyrosome.cli.terminal import INTERRUPTED, Screen, Stop, decoded, loading, size
@@ -46,6 +57,9 @@ def chat(
     kv_format: Annotated[str | None, typer.Option(help="Stored cache rows: f32, bf16 or fp8.")] = None,
     cache_gib: CacheGiB = CACHE_GIB,
     drafter: Drafter = "auto",
+    experts: Experts = "resident",
+    lock_memory: LockMemory = False,
+    numa: Numa = "auto",
     log_every: LogEvery = 0,
     trace: TracePath = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line for each answer.")] = False,
@@ -61,6 +75,7 @@ def chat(
     given = {k: v for k, v in asked.items() if v is not None}
     SamplingParams(**given)  # type: ignore[arg-type]  # what is out of range is refused before the load
     options = engine_options(cache_gib, drafter, log_every, trace)
+    held = load_options(experts, lock_memory, numa)
     screen = Screen()
     interactive = sys.stdin.isatty()
     question = "" if interactive else decoded(sys.stdin.buffer.read(), "standard input").rstrip("\n")
@@ -69,7 +84,7 @@ def chat(
     from pyrosome.llm import LLM  # torch is loaded only now: `--help` stays quick
 
     with loading(screen) as progress:
-        llm = LLM(model or BUILTIN, numerics=numerics, kv_format=kv_format, options=options, progress=progress)
+        llm = LLM(model or BUILTIN, numerics=numerics, kv_format=kv_format, options=options, progress=progress, **held)
     with llm:  # its end writes the trace
         session = Session(llm, model or BUILTIN, screen, mode, given, as_json)
         if interactive:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from pyrosome.engine.trace import checked_path
 from pyrosome.errors import RequestError
-from pyrosome.options import DRAFTERS, EngineOptions
+from pyrosome.options import DRAFTERS, EXPERTS, NUMA, EngineOptions, LoadOptions
 
 CACHE_GIB = EngineOptions().cache_bytes / 2**30
 
@@ -21,6 +22,18 @@ Drafter = Annotated[
         help=f"Who guesses tokens ahead: {', '.join(DRAFTERS)}. auto is the checkpoint's own MTP head, where it has "
         "one; tokens at temperature 0 are the same with each."
     ),
+]
+Experts = Annotated[
+    str,
+    typer.Option(
+        help=f"Where routed experts are held: {', '.join(EXPERTS)}. mapped reads them in the checkpoint's files, which "
+        "must not change meanwhile: slower, for less memory than they take."
+    ),
+]
+LockMemory = Annotated[bool, typer.Option("--lock-memory", help="Never swap out quantised weights that are in memory.")]
+Numa = Annotated[
+    str,
+    typer.Option(help=f"{', '.join(NUMA)}. auto spreads weights over memory nodes, where there are several."),
 ]
 LogEvery = Annotated[int, typer.Option(help="Steps between lines about the engine on standard error; 0: none.")]
 TracePath = Annotated[
@@ -45,3 +58,13 @@ def engine_options(cache_gib: float, drafter: str, log_every: int, trace: str | 
     if log_every:  # asked for by name: whatever level the other lines have
         logging.getLogger("pyrosome.engine.engine").setLevel(logging.INFO)
     return options
+
+
+def load_options(experts: str, lock_memory: bool, numa: str) -> dict[str, Any]:
+    """Keywords of `LLM` for what the flags change, checked before anything is loaded.
+
+    Raises:
+        RequestError: a flag outside its range.
+    """
+    usual, asked = dataclasses.asdict(LoadOptions()), dataclasses.asdict(LoadOptions(experts, lock_memory, numa))
+    return {name: value for name, value in asked.items() if value != usual[name]}

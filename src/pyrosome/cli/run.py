@@ -9,7 +9,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pyrosome.cli.engine_flags import CACHE_GIB, CacheGiB, Drafter, LogEvery, TracePath, engine_options
+from pyrosome.cli.engine_flags import (
+    CACHE_GIB,
+    CacheGiB,
+    Drafter,
+    Experts,
+    LockMemory,
+    LogEvery,
+    Numa,
+    TracePath,
+    engine_options,
+    load_options,
+)
 from pyrosome.cli.first_contact import BUILTIN, MODEL_HELP, official_note
 from pyrosome.cli.terminal import INTERRUPTED, Screen, Stop, decoded, loading
 from pyrosome.errors import RequestError
@@ -30,6 +41,9 @@ def run(
     kv_format: Annotated[str | None, typer.Option(help="Stored cache rows: f32, bf16 or fp8.")] = None,
     cache_gib: CacheGiB = CACHE_GIB,
     drafter: Drafter = "auto",
+    experts: Experts = "resident",
+    lock_memory: LockMemory = False,
+    numa: Numa = "auto",
     log_every: LogEvery = 0,
     trace: TracePath = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of text.")] = False,
@@ -40,6 +54,7 @@ def run(
     """
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
     options = engine_options(cache_gib, drafter, log_every, trace)
+    held = load_options(experts, lock_memory, numa)
     screen = Screen()
     text = _standard_input(screen) if prompt == "-" else prompt
     if not text:
@@ -48,7 +63,7 @@ def run(
 
     started = time.perf_counter()
     with loading(screen) as progress:
-        llm = LLM(model or BUILTIN, numerics=numerics, kv_format=kv_format, options=options, progress=progress)
+        llm = LLM(model or BUILTIN, numerics=numerics, kv_format=kv_format, options=options, progress=progress, **held)
     with llm:  # its end writes the trace
         report: dict[str, Any] = {
             "model": model or BUILTIN,

@@ -22,7 +22,7 @@ from pyrosome.engine.runner import Runner, check_ids
 from pyrosome.errors import ContextTooLong, RequestError
 from pyrosome.model.build import Network, build
 from pyrosome.model.numerics import numerics_named
-from pyrosome.options import EngineOptions
+from pyrosome.options import EngineOptions, LoadOptions
 
 
 @dataclasses.dataclass(eq=False)
@@ -127,6 +127,9 @@ def load_model(
     kv_format: str | None = None,
     *,
     unpack: bool | None = None,
+    experts: str = "resident",
+    lock_memory: bool = False,
+    numa: str = "auto",
     progress: Callable[[int, int, str], None] | None = None,
 ) -> LoadedModel:
     """Load a checkpoint in the official layout: a directory, a single file, or a built-in name.
@@ -135,18 +138,23 @@ def load_model(
         numerics: "exact" (no rounding simulated) or "trained" (every rounding the weights were trained with).
         kv_format: stored cache rows: "f32", "bf16" or "fp8"; None takes the numerics' own (exact f32, trained fp8).
         unpack: hold float32 copies of the weights (True), hold them as stored (False), or decide by size (None).
+        experts: "resident" (in memory) or "mapped" (routed experts stay in the checkpoint's files and are read from
+            there: slower, for less memory than they take; the files must not change while the model lives).
+        lock_memory: never swap out quantised weights that are in memory; where that is not allowed, a warning says so.
+        numa: "auto" (weights are spread over the machine's memory nodes, where there are several) or "off".
         progress: called with (bytes read, bytes in all, shard name).
 
     Raises:
         CheckpointError: the files are not what they claim to be, or the shape cannot be stored in `kv_format`.
-        RequestError: unknown numerics, or a device that is not there.
+        RequestError: an option out of its range, unknown numerics, or a device that is not there.
     """
+    options = LoadOptions(experts, lock_memory, numa)
     arithmetic = numerics_named(numerics)
     _check_device(device)
     kv_format = kv_format or arithmetic.default_kv_format
     index = open_checkpoint(path_or_name)
     plan_cache(index.config, kv_format, 1, 1)  # a format that cannot store this shape is refused before the load
-    network = build(index, arithmetic, device=device, unpack=unpack, progress=progress)
+    network = build(index, arithmetic, device=device, unpack=unpack, options=options, progress=progress)
     return LoadedModel(network, index.config, numerics, kv_format, index.path, index)
 
 
@@ -161,7 +169,16 @@ def _check_device(device: str) -> None:
 
 
 def open_engine(
-    path: str, numerics: str = "trained", kv_format: str | None = None, device: str = "cpu", **options: object
+    path: str,
+    numerics: str = "trained",
+    kv_format: str | None = None,
+    device: str = "cpu",
+    *,
+    experts: str = "resident",
+    lock_memory: bool = False,
+    numa: str = "auto",
+    **options: object,
 ) -> Engine:
     """Load a checkpoint and make an engine on it, from plain data: what a process of its own begins with."""
-    return load_model(path, device, numerics, kv_format).engine(EngineOptions(**options))  # type: ignore[arg-type]
+    model = load_model(path, device, numerics, kv_format, experts=experts, lock_memory=lock_memory, numa=numa)
+    return model.engine(EngineOptions(**options))  # type: ignore[arg-type]

@@ -8,7 +8,7 @@ inference code; each function names the equation it is.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,42 +18,52 @@ from pyrosome.cache.views import LayerCache, fresh_layers
 from pyrosome.config import CSA_RATIO, ModelConfig
 from pyrosome.model.experts import ExpertBank
 from pyrosome.model.layers import Linear, RMSNorm, Weight
-from pyrosome.model.numerics import Numerics
+from pyrosome.model.numerics import Numerics, unchanged
 from pyrosome.model.step import Step
-from pyrosome.ops.compress import Emit, compress
-from pyrosome.ops.experts import clamped_swiglu
-from pyrosome.ops.hyper_connection import hyper_connection_head, hyper_connection_in, hyper_connection_out
+from pyrosome.ops.compress import Emit, compressed_rows
+from pyrosome.ops.experts import ExpertWeights, clamped_swiglu, shared_expert
+from pyrosome.ops.hyper_connection import (
+    hyper_connection_head,
+    hyper_connection_in,
+    hyper_connection_out,
+    hyper_connection_turn,
+)
 from pyrosome.ops.index_topk import index_topk
-from pyrosome.ops.linear import dense_rows, grouped_linear, linear
-from pyrosome.ops.rms_norm import rms_norm
-from pyrosome.ops.rope import frequencies, rope, rotation
-from pyrosome.ops.route import choose_experts, expert_weights, route_scores
+from pyrosome.ops.linear import dense_rows, grouped_linear, linears
+from pyrosome.ops.rope import frequencies, index_rows, norm_rope, rotation
+from pyrosome.ops.route import route
 from pyrosome.ops.rows import RowSource
-from pyrosome.ops.sparse_attention import finish_attention, sparse_attention
-from pyrosome.quant import hadamard
+from pyrosome.ops.sparse_attention import attention
 
 
 class Compressor(nn.Module):
     """Pools windows of tokens into rows: overlapping windows of 8 every 4 tokens (CSA), or of R every R (HCA)."""
 
-    def __init__(self, config: ModelConfig, ratio: int, width: int) -> None:
+    def __init__(
+        self, config: ModelConfig, ratio: int, width: int, round_nope: Callable[[Tensor], Tensor] = unchanged
+    ) -> None:
         super().__init__()
-        self.ratio = ratio
+        self.ratio, self.round_nope = ratio, round_nope
         self.window = 2 * ratio if ratio == CSA_RATIO else ratio
         projected = width * self.window // ratio
         self.wkv, self.wgate = Linear(projected, config.hidden_size), Linear(projected, config.hidden_size)
         self.ape = nn.Parameter(torch.empty(ratio, projected, device="meta"))
         self.norm = RMSNorm(width, config.rms_norm_eps)
 
-    def forward(self, x_TD: Tensor, emit: Emit, rotation_MF: Tensor, cache: LayerCache, tail: str) -> Tensor:
-        """Rows [M, C] that this step finishes, normalised and rotated at their window's first position."""
-        kv_TE, gate_TE = self.wkv(x_TD), self.wgate(x_TD)
+    def forward(
+        self, kv_TE: Tensor, gate_TE: Tensor, emit: Emit, rotation_MF: Tensor, cache: LayerCache, tail: str
+    ) -> Tensor:
+        """Rows [M, C] that this step finishes, normalised and rotated at their window's first position.
+
+        Args: kv and gate are the step's tokens by `wkv` and `wgate`, which read what the layer's attention reads.
+        """
         tail_kv, tail_gate = cache.tail(tail, kv_TE)
-        rows_MC = compress(kv_TE, gate_TE, tail_kv, tail_gate, self.ape, emit, self.window)
+        rows_MC = compressed_rows(
+            kv_TE, gate_TE, tail_kv, tail_gate, self.ape, emit, self.window, self.norm.weight, rotation_MF,
+            self.norm.eps, self.round_nope,
+        )  # fmt: skip
         cache.keep_tail(tail, kv_TE, gate_TE)
-        if rows_MC.shape[0] == 0:
-            return rows_MC
-        return rope(self.norm(rows_MC), rotation_MF)  # type: ignore[no-any-return]
+        return rows_MC  # type: ignore[no-any-return]
 
 
 class Indexer(nn.Module):
@@ -68,16 +78,26 @@ class Indexer(nn.Module):
         self.compressor = Compressor(config, CSA_RATIO, self.width)
 
     def forward(
-        self, x_TD: Tensor, latent_TL: Tensor, step: Step, turns: Rotations, cache: LayerCache
+        self,
+        q_TX: Tensor,
+        kv_TE: Tensor,
+        gate_TE: Tensor,
+        weight_TH: Tensor,
+        step: Step,
+        turns: Rotations,
+        cache: LayerCache,
     ) -> tuple[Tensor, Tensor]:
-        """(score, index) [T, K] of the rows chosen; index -1 where fewer are visible."""
-        key_MC = self.compressor(x_TD, step.emit(CSA_RATIO), turns.emitted, cache, "index_tail")
+        """(score, index) [T, K] of the rows chosen; index -1 where fewer are visible.
+
+        Args: the step's tokens by `wq_b` (from the query latent), by the compressor's `wkv` and `wgate`, and by
+            `weights_proj`.
+        """
+        key_MC = self.compressor(kv_TE, gate_TE, step.emit(CSA_RATIO), turns.emitted, cache, "index_tail")
         if key_MC.shape[0]:
-            key_MC = self.numerics.index(hadamard(key_MC))
+            key_MC = index_rows(key_MC, None, self.numerics.index)
         keys = cache.history("index_k", key_MC, step.emit(CSA_RATIO), CSA_RATIO)
-        q_THC = rope(self.wq_b(latent_TL).unflatten(-1, (self.heads, self.width)), turns.token)
-        q_THC = self.numerics.index(hadamard(q_THC))
-        weight_TH = self.weights_proj(x_TD) * (self.width**-0.5 * self.heads**-0.5)
+        q_THC = index_rows(q_TX.view(-1, self.heads, self.width), turns.token, self.numerics.index)
+        weight_TH = weight_TH * (self.width**-0.5 * self.heads**-0.5)
         return index_topk(q_THC, keys, weight_TH, step.visible_T(CSA_RATIO), step.layout, self.topk)  # type: ignore[no-any-return]
 
 
@@ -103,58 +123,52 @@ class Attention(nn.Module):
         self.wkv = Linear(config.head_dim, D)
         self.kv_norm = RMSNorm(config.head_dim, self.eps)
         self.attn_sink = nn.Parameter(torch.empty(self.heads, device="meta"))
-        self.wo_a = Weight(config.o_groups * config.o_lora_rank, inner // config.o_groups)
+        self.wo_a = Weight(config.o_groups * config.o_lora_rank, inner // config.o_groups, parts=config.o_groups)
         self.wo_b = Linear(D, config.o_groups * config.o_lora_rank)
+        # What reads the layer's input, and what reads the query latent: each of them together, as one operation.
+        read, read_latent = [self.wq_a, self.wkv], [self.wq_b]
         if ratio:
-            self.compressor = Compressor(config, ratio, config.head_dim)
+            self.compressor = Compressor(config, ratio, config.head_dim, numerics.kv)
+            read += [self.compressor.wkv, self.compressor.wgate]
         if ratio == CSA_RATIO:
             self.indexer = Indexer(config, numerics)
+            read += [self.indexer.compressor.wkv, self.indexer.compressor.wgate, self.indexer.weights_proj]
+            read_latent.append(self.indexer.wq_b)
+        self._read, self._read_latent = tuple(read), tuple(read_latent)
 
     def forward(
         self, x_TD: Tensor, step: Step, turns: Rotations, cache: LayerCache, scores: list[tuple[Tensor, Tensor]]
     ) -> Tensor:
         """x [T, D] after its norm -> [T, D].  The indexer's (score, index) are appended to `scores`."""
-        latent_TL = self.q_norm(self.wq_a(x_TD))
-        q_THC = self.wq_b(latent_TL).unflatten(-1, (self.heads, self.width))
-        q_THC = rope(rms_norm(q_THC, None, self.eps), turns.token)
-        row_TC = rope(self.kv_norm(self.wkv(x_TD)), turns.token)
+        latent_TL, row_TC, *inputs = linears(x_TD, [(w.value, w.prepare) for w in self._read])
+        q_TX, *index_q = linears(
+            latent_TL, [(w.value, w.prepare) for w in self._read_latent], self.q_norm.weight, self.eps
+        )
+        q_THC = norm_rope(q_TX.view(-1, self.heads, self.width), None, turns.token, self.eps)
+        row_TC = norm_rope(row_TC, self.kv_norm.weight, turns.token, self.eps, self.numerics.kv)
         # As it will be read back: a span's own queries see what the spans after it will.
-        row_TC = cache.stored(self.numerics.kv_row(row_TC, self.nope))
+        row_TC = cache.stored(row_TC)
 
         near = step.window_index(self.window, cache.ring_rows)
-        parts = [sparse_attention(q_THC, cache.window(row_TC), near)]
+        parts: list[tuple[RowSource, Tensor]] = [(cache.window(row_TC), near)]
         if self.ratio:
-            rows = self._compressed(x_TD, step, turns, cache)
-            index_TK = self._chosen(x_TD, latent_TL, step, turns, cache, scores)
-            parts.append(sparse_attention(q_THC, rows, index_TK))
-        cache.keep_window(row_TC)
-
-        o_THC = finish_attention(self.attn_sink, turns.token, parts).to(x_TD.dtype)
-        z_TGO = grouped_linear(o_THC.flatten(1).unflatten(1, (self.groups, -1)), self.wo_a.value)
+            kv_TE, gate_TE, *index_inputs = inputs
+            rows = self._compressed(kv_TE, gate_TE, step, turns, cache)
+            if self.ratio == CSA_RATIO:
+                scores.append(self.indexer(*index_q, *index_inputs, step, turns, cache))
+                parts.append((rows, scores[-1][1]))
+            else:
+                parts.append((rows, step.all_rows(self.ratio)))
+        o_THC = attention(q_THC, parts, self.attn_sink, turns.token).to(x_TD.dtype)
+        cache.keep_window(row_TC)  # after it was read: a long span overwrites what its own first queries need
+        z_TGO = grouped_linear(o_THC.view(o_THC.shape[0], self.groups, -1), self.wo_a.value)
         return self.wo_b(z_TGO.flatten(1))  # type: ignore[no-any-return]
 
-    def _compressed(self, x_TD: Tensor, step: Step, turns: Rotations, cache: LayerCache) -> RowSource:
+    def _compressed(self, kv_TE: Tensor, gate_TE: Tensor, step: Step, turns: Rotations, cache: LayerCache) -> RowSource:
         emit = step.emit(self.ratio)
-        row_MC = self.compressor(x_TD, emit, turns.emitted, cache, "tail")
-        if row_MC.shape[0]:
-            row_MC = self.numerics.kv_row(row_MC, self.nope)
+        row_MC = self.compressor(kv_TE, gate_TE, emit, turns.emitted, cache, "tail")
         name = "csa_kv" if self.ratio == CSA_RATIO else "hca_kv"
         return cache.history(name, row_MC, emit, self.ratio)
-
-    def _chosen(
-        self,
-        x_TD: Tensor,
-        latent_TL: Tensor,
-        step: Step,
-        turns: Rotations,
-        cache: LayerCache,
-        scores: list[tuple[Tensor, Tensor]],
-    ) -> Tensor:
-        if self.ratio != CSA_RATIO:
-            return step.all_rows(self.ratio)
-        score_TK, index_TK = self.indexer(x_TD, latent_TL, step, turns, cache)
-        scores.append((score_TK, index_TK))
-        return index_TK  # type: ignore[no-any-return]
 
 
 class Gate(nn.Module):
@@ -170,19 +184,12 @@ class Gate(nn.Module):
             )
         else:
             self.bias = nn.Parameter(torch.empty(config.n_routed_experts, device="meta"), requires_grad=False)
-        self.choose = self._by_token if hashed else self._by_score
+        self.hashed = hashed
 
-    def _by_token(self, score_TE: Tensor, ids_T: Tensor) -> Tensor:
-        return self.tid2eid[ids_T]  # type: ignore[index,return-value]
-
-    def _by_score(self, score_TE: Tensor, ids_T: Tensor) -> Tensor:
-        return choose_experts(score_TE, self.bias, self.chosen)
-
-    def forward(self, x_TD: Tensor, ids_T: Tensor) -> tuple[Tensor, Tensor]:
-        """(expert [T, K], weight [T, K])."""
-        score_TE = route_scores(x_TD, self.weight)
-        expert_TK = self.choose(score_TE, ids_T)
-        return expert_TK, expert_weights(score_TE, expert_TK, self.scale)
+    def forward(self, x_TD: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        """(expert [T, K], weight [T, K]); padding visits nobody."""
+        choice = self.tid2eid[step.ids_T] if self.hashed else self.bias  # type: ignore[index]
+        return route(x_TD, self.weight, choice, self.chosen, self.scale, step.position_T)  # type: ignore[no-any-return]
 
 
 class SharedExpert(nn.Module):
@@ -195,8 +202,13 @@ class SharedExpert(nn.Module):
         self.w3 = Linear(config.moe_intermediate_size, config.hidden_size)
         self.w2 = Linear(config.hidden_size, config.moe_intermediate_size)
 
-    def forward(self, x_TD: Tensor) -> Tensor:
-        return self.w2(clamped_swiglu(self.w1(x_TD), self.w3(x_TD), self.limit))  # type: ignore[no-any-return]
+    def forward(self, x_TD: Tensor, onto_TD: Tensor | None = None) -> Tensor:
+        """[T, D]; added to `onto_TD` where given."""
+        if not self.w1.prepare is self.w3.prepare is self.w2.prepare:  # stored in different ways
+            out_TD = self.w2(clamped_swiglu(self.w1(x_TD), self.w3(x_TD), self.limit))
+            return out_TD if onto_TD is None else onto_TD + out_TD  # type: ignore[no-any-return]
+        weights = ExpertWeights(self.w1.value, self.w3.value, self.w2.value, self.w1.prepare)
+        return shared_expert(x_TD, weights, self.limit, onto_TD)  # type: ignore[no-any-return]
 
 
 class MoE(nn.Module):
@@ -208,10 +220,9 @@ class MoE(nn.Module):
         self.shared_experts = SharedExpert(config)
 
     def forward(self, x_TD: Tensor, step: Step, bank: ExpertBank, layer: str) -> Tensor:
-        expert_TK, weight_TK = self.gate(x_TD, step.ids_T)
-        expert_TK = torch.where(step.position_T[:, None] >= 0, expert_TK, -1)  # padding visits nobody
+        expert_TK, weight_TK = self.gate(x_TD, step)
         routed_TD = bank.run(layer, x_TD, expert_TK, weight_TK)
-        return (routed_TD + self.shared_experts(x_TD)).to(x_TD.dtype)
+        return self.shared_experts(x_TD, routed_TD).to(x_TD.dtype)  # type: ignore[no-any-return]
 
 
 class HyperConnection(nn.Module):
@@ -225,9 +236,20 @@ class HyperConnection(nn.Module):
         self.base = nn.Parameter(torch.empty((2 + J) * J, device="meta"))
         self.scale = nn.Parameter(torch.empty(3, device="meta"))
 
-    def forward(self, streams_TJD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(input of the sub-block [T, D], post [T, J], comb [T, J, J])."""
-        return hyper_connection_in(streams_TJD, self.fn, self.base, self.scale, self.eps, self.hc_eps, self.iters)  # type: ignore[no-any-return]
+    def forward(self, streams_TJD: Tensor, norm: RMSNorm) -> tuple[Tensor, Tensor, Tensor]:
+        """(input of the sub-block [T, D] after its norm, post [T, J], comb [T, J, J])."""
+        return hyper_connection_in(  # type: ignore[no-any-return]
+            streams_TJD, self.fn, self.base, self.scale, self.eps, self.hc_eps, self.iters, norm.weight
+        )
+
+    def turn(
+        self, streams_TJD: Tensor, out_TD: Tensor, post_TJ: Tensor, comb_TJJ: Tensor, norm: RMSNorm
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The streams after the sub-block before this one, and what `forward` says of them."""
+        return hyper_connection_turn(  # type: ignore[no-any-return]
+            streams_TJD, out_TD, post_TJ, comb_TJJ, self.fn, self.base, self.scale, self.eps, self.hc_eps, self.iters,
+            norm.weight,
+        )  # fmt: skip
 
 
 class HeadCollapse(nn.Module):
@@ -265,11 +287,10 @@ class Block(nn.Module):
         bank: ExpertBank,
         scores: list[tuple[Tensor, Tensor]],
     ) -> Tensor:
-        x_TD, post_TJ, comb_TJJ = self.hc_attn(streams_TJD)
-        out_TD = self.attn(self.attn_norm(x_TD), step, turns, cache, scores)
-        streams_TJD = hyper_connection_out(streams_TJD, out_TD, post_TJ, comb_TJJ)
-        x_TD, post_TJ, comb_TJJ = self.hc_ffn(streams_TJD)
-        out_TD = self.ffn(self.ffn_norm(x_TD), step, bank, self.name)
+        x_TD, post_TJ, comb_TJJ = self.hc_attn(streams_TJD, self.attn_norm)
+        out_TD = self.attn(x_TD, step, turns, cache, scores)
+        streams_TJD, x_TD, post_TJ, comb_TJJ = self.hc_ffn.turn(streams_TJD, out_TD, post_TJ, comb_TJJ, self.ffn_norm)
+        out_TD = self.ffn(x_TD, step, bank, self.name)
         return hyper_connection_out(streams_TJD, out_TD, post_TJ, comb_TJJ)  # type: ignore[no-any-return]
 
 
@@ -355,4 +376,7 @@ class DeepseekV4(nn.Module):
 
     def logits(self, streams_NJD: Tensor) -> Tensor:
         """Logits [N, V] of the streams after the last layer, in promote(x, float32)."""
-        return linear(self.norm(self.hc_head(streams_NJD)), self.head.value)  # type: ignore[no-any-return]
+        (logits_NV,) = linears(
+            self.hc_head(streams_NJD), [(self.head.value, self.head.prepare)], self.norm.weight, self.norm.eps
+        )
+        return logits_NV  # type: ignore[no-any-return]

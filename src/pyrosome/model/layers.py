@@ -8,29 +8,45 @@ import torch
 from torch import Tensor, nn
 
 from pyrosome.model.numerics import Numerics, unchanged
+from pyrosome.ops import native
 from pyrosome.ops.linear import dense, linear
 from pyrosome.ops.rms_norm import rms_norm
 from pyrosome.quant import QuantTensor
 
 
-class Weight(nn.Module):
-    """A matrix as it is stored: a parameter, or a QuantTensor that no gradient reaches."""
+def held(value: QuantTensor, device: torch.device | str, parts: int = 1) -> QuantTensor:
+    """A copy of a quantised weight as `device` keeps it: in tiles where native CPU kernels read it, else as stored."""
+    if torch.device(device).type == "cpu":
+        kept = native.at_rest(value, parts)
+        assert isinstance(kept, QuantTensor)
+        return kept
+    return QuantTensor(value.format, value.data.to(device, copy=True), value.scale.to(device, copy=True))
 
-    def __init__(self, *shape: int) -> None:
+
+class Weight(nn.Module):
+    """A matrix as it is stored: a parameter, or a QuantTensor that no gradient reaches.
+
+    Args:
+        parts: it is read as so many groups of rows, each by inputs of its own.
+    """
+
+    def __init__(self, *shape: int, parts: int = 1) -> None:
         super().__init__()
-        self.shape = shape
+        self.shape, self.parts = shape, parts
         self.prepare: Callable[[Tensor], Tensor] = unchanged
         self.value: Tensor | QuantTensor = nn.Parameter(torch.empty(shape, device="meta"))
 
-    def assign(self, value: Tensor | QuantTensor, numerics: Numerics, *, unpack: bool) -> None:
-        """Take `value`; with `unpack`, its exact float32 values (the quantisation points stay those of the format)."""
+    def assign(
+        self, value: Tensor | QuantTensor, numerics: Numerics, *, unpack: bool, device: torch.device | str = "cpu"
+    ) -> None:
+        """Take a copy of `value`; with `unpack`, its exact float32 values (quantisation points stay the format's)."""
         self.prepare = numerics.activation if isinstance(value, QuantTensor) else unchanged
         if isinstance(value, QuantTensor) and not unpack:
             del self.value  # a registered parameter cannot be replaced by anything else
-            self.value = value
+            self.value = held(value, device, self.parts)
         else:
             values = dense(value, torch.float32) if unpack or isinstance(value, QuantTensor) else value
-            self.value = nn.Parameter(values, requires_grad=False)
+            self.value = nn.Parameter(values.to(device, copy=True), requires_grad=False)
 
     @property
     def device(self) -> torch.device:
@@ -41,7 +57,7 @@ class Linear(Weight):
     """y = x W^T, x quantised first where the weight's format asks for it."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(self.prepare(x), self.value)  # type: ignore[no-any-return]
+        return linear(x, self.value, self.prepare)  # type: ignore[no-any-return]
 
 
 class RMSNorm(nn.Module):

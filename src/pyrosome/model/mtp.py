@@ -15,7 +15,7 @@ from pyrosome.model.deepseek_v4 import Block, DeepseekV4, HeadCollapse
 from pyrosome.model.layers import Linear, RMSNorm
 from pyrosome.model.numerics import Numerics
 from pyrosome.model.step import Step
-from pyrosome.ops.linear import linear
+from pyrosome.ops.linear import linears
 from pyrosome.ops.rows import UnitedRows
 
 
@@ -52,7 +52,10 @@ class MTPStage(Block):
 
     def logits(self, trunk: DeepseekV4, streams_NJD: Tensor) -> Tensor:
         """Logits [N, V] of the stage's streams, by the trunk's head."""
-        return linear(self.norm(self.hc_head(streams_NJD)), trunk.head.value)  # type: ignore[no-any-return]
+        (logits_NV,) = linears(
+            self.hc_head(streams_NJD), [(trunk.head.value, trunk.head.prepare)], self.norm.weight, self.norm.eps
+        )
+        return logits_NV  # type: ignore[no-any-return]
 
 
 def streams_at(step: Step, trunk_step: Step, streams_TJD: Tensor, ring_BRX: Tensor) -> Tensor:

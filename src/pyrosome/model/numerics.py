@@ -11,19 +11,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from pyrosome.errors import RequestError
-from pyrosome.quant import simulate_fp4, simulate_fp8
-
-ACTIVATION_GROUP = 128
-KV_GROUP = 64
-
-
-def unchanged(x: Tensor) -> Tensor:
-    """The identity: what a quantisation point does where there is nothing to quantise."""
-    return x
+from pyrosome.quant import round_activation, round_index, round_kv
+from pyrosome.quant import unchanged as unchanged
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,19 +28,13 @@ class Numerics:
     index: Callable[[Tensor], Tensor]  # indexer query or key, after the Hadamard rotation
     default_kv_format: str
 
-    def kv_row(self, row: Tensor, nope_dim: int) -> Tensor:
-        """A KV row [..., head_dim] as attention sees it: the rotated channels are left alone."""
-        if self.kv is unchanged:
-            return row
-        return torch.cat([self.kv(row[..., :nope_dim]), row[..., nope_dim:]], dim=-1)
-
 
 EXACT = Numerics("exact", unchanged, unchanged, unchanged, "f32")
 TRAINED = Numerics(
     "trained",
-    lambda x: simulate_fp8(x, ACTIVATION_GROUP),
-    lambda x: simulate_fp8(x, KV_GROUP),
-    simulate_fp4,
+    round_activation,
+    round_kv,
+    round_index,
     "fp8",
 )
 NUMERICS = {n.name: n for n in (EXACT, TRAINED)}

@@ -171,6 +171,15 @@ class Step:
         keep_T = (self.position_T >= 0) & (self.position_T >= self.stop_B[self.span_T] - ring_rows)
         return torch.where(keep_T, self.slot_B[self.span_T], 0), self.position_T.clamp(min=0) % ring_rows
 
+    def flat_place(self, ring_rows: int) -> Tensor:
+        """`ring_place` as one number, slot x ring_rows + row, int64 [T]."""
+
+        def place() -> Tensor:
+            slot_T, row_T = self.ring_place(ring_rows)
+            return slot_T * ring_rows + row_T
+
+        return self._once(("flat", ring_rows), place)  # type: ignore[no-any-return]
+
     def _once(self, key, make):  # type: ignore[no-untyped-def]
         """Layers share what depends on the step alone."""
         if key not in self._derived:

@@ -1,43 +1,64 @@
-// What every kernel shares: the vector levels, one thread pool, and the order in which a dot product is summed.
-//
-// The order is part of the meaning: product k goes to lane k % 16, each lane adds its products in order of k by fused
-// multiply-add, and the lanes are folded in halves (16 -> 8 -> 4 -> 2 -> 1).  It depends on K alone, never on how many
-// rows or outputs are computed together, so a row's bits are the same alone and in any batch, at every level below.
+// What every kernel shares beside its lanes: one thread pool, scratch memory that is kept, and how weights are given.
 #pragma once
-#include <cmath>
-#include <cstdint>
-#include <cstring>
+#include <algorithm>
 #include <functional>
 
+#include "lanes.h"
+
 #define EXPORT extern "C" __attribute__((visibility("default")))
-#if defined(__x86_64__) && !defined(PYROSOME_PORTABLE)
-#include <immintrin.h>
-#define X86 1
-#define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma")))
-#define AVX2 __attribute__((target("avx2,fma")))
-#else
-#define X86 0
-#endif
-
-enum Level { PORTABLE = 0, LEVEL_AVX2 = 1, LEVEL_AVX512 = 2 };
-Level level();  // what this machine has, or what was forced
-
-// A weight as stored, [N, K] logical: what `quant.formats` calls it, its bytes, and one scale byte per block.
-struct Stored {
-    int format;  // 0 float32, 1 fp8 (e4m3, 128 x 128 blocks), 2 fp4 (e2m1 pairs, 32 inputs of one row), 3 bfloat16
-    const void* data;
-    const uint8_t* scale;
-};
-constexpr int64_t TILE_N = 16;  // rows of a stored weight widened at once
-
-// Rows n0..n1 of w as float32: in place where they are that already, else widened into `scratch` [n1 - n0, K].
-const float* widened(const Stored& w, int64_t n0, int64_t n1, int64_t K, float* scratch);
-
-// y[m, n0..n1] for M rows of x given by address; `w` holds rows n0..n1.  The order above.
-void dot_block(const float* const* x, const float* w, float* const* y, int64_t M, int64_t n0, int64_t n1, int64_t K);
 
 // As many of `threads` as have enough to do: a thread that is woken for less costs more than it brings.
 int worth(int64_t operations, int threads);
 
 // Runs part(i) for i in [0, parts) on up to `threads` threads of one pool; the caller takes a share.
 void parallel(int64_t parts, int threads, const std::function<void(int64_t)>& part);
+
+// Memory of this thread that lasts until the block that took it ends: kept for the next, so that no step allocates.
+class Scratch {
+  public:
+    Scratch();
+    ~Scratch();
+    Scratch(const Scratch&) = delete;
+    template <class T>
+    T* take(int64_t count) {
+        return static_cast<T*>(bytes(count * static_cast<int64_t>(sizeof(T))));
+    }
+
+  private:
+    void* bytes(int64_t size);  // aligned to 64
+    size_t chunk_, used_;
+};
+
+// A weight [N, K] as it is held (numbers are part of the interface with native.py).
+enum Format : int64_t { FLOAT32 = 0, FP8 = 1, FP4 = 2, BFLOAT16 = 3 };
+struct Weight {
+    int64_t format;
+    int64_t tiled;         // 1: data is in tiles (tiles.h), codes and scales together; 0: rows as in a checkpoint
+    const uint8_t* data;   // [N, K] elements, or tiles
+    const uint8_t* scale;  // of rows: a byte for each block; else nothing
+    int64_t N, K;
+    int64_t stride, scale_stride;  // bytes from one matrix of a stack to the next
+    int64_t row, row_stride;       // which row of its scales' matrix this one begins with: groups share blocks
+    const int64_t* table;          // of a stack whose matrices lie apart: data and scale of each; null: by strides
+    Weight of(int64_t i) const {
+        Weight w = *this;
+        if (table) {
+            w.data = reinterpret_cast<const uint8_t*>(static_cast<uintptr_t>(table[2 * i]));
+            w.scale = reinterpret_cast<const uint8_t*>(static_cast<uintptr_t>(table[2 * i + 1]));
+            w.table = nullptr;
+            return w;
+        }
+        w.data += i * stride, w.row += i * row_stride;
+        if (scale) w.scale += i * scale_stride;
+        return w;
+    }
+    int64_t bytes() const {  // of one matrix
+        return N * K * (format == FLOAT32 ? 4 : format == BFLOAT16 ? 2 : 1) / (format == FP4 ? 2 : 1);
+    }
+};
+
+// y[m][n0 .. n1) = x[m] . w[n] for M rows given by address, w in floats or bfloat16: term k to lane k % 16, each lane in
+// order of k by fused multiply-add, the lanes folded in halves.
+void dot_rows(const float* const* x, const Weight& w, float* const* y, int64_t M, int64_t n0, int64_t n1);
+// The same for rows of floats at w [n1 - n0, K].
+void dot_block(const float* const* x, const float* w, float* const* y, int64_t M, int64_t n0, int64_t n1, int64_t K);

@@ -5,10 +5,14 @@ Shape letters: T tokens in step, K rows read per token, N rows at hand, B spans,
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+from pyrosome.quant.rows import RowFormat
+
+PAGE_ROWS = 64  # rows of one page of one history stream
 
 
 class RowSource(Protocol):
@@ -24,6 +28,34 @@ class RowSource(Protocol):
     def span_rows(self, low: int, high: int) -> Tensor:
         """Rows low..high of every span, float [B, high - low, C]; rows not yet written hold anything."""
         ...
+
+
+# Formats whose rows bfloat16 holds exactly.  Over such rows attention takes its queries and weights as bfloat16 too, as
+# the official kernel does; over others nothing is rounded.
+NARROW = ("bf16", "fp8")
+
+
+class Pages(NamedTuple):
+    """Rows in pages of `PAGE_ROWS` places each, as a kernel that knows how they are stored reads them."""
+
+    planes: tuple[Tensor, ...]  # [places, bytes or elements]
+    row_format: RowFormat
+    table_BP: Tensor  # page of the pool for each page of a span
+    span_T: Tensor  # of each token
+
+
+class Ring(NamedTuple):
+    """The ring of each span, and this step's own rows, numbered as `UnitedRows` does."""
+
+    planes: tuple[Tensor, ...]  # [slots, R, bytes or elements]
+    row_format: RowFormat
+    slot_B: Tensor
+    fresh_TC: Tensor
+
+
+def stored(source: RowSource) -> Pages | Ring | None:
+    """How a source's rows are stored, where a kernel may read them in place; None: it is asked for floats."""
+    return getattr(source, "stored", None)
 
 
 class UnitedRows:

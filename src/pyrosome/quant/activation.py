@@ -20,6 +20,7 @@ from pyrosome.quant.e8m0 import ceil_pow2
 
 FP8_FLOOR = 1e-4  # a group is scaled as if its largest magnitude were at least this (official inference code)
 FP4_FLOOR = FP4_MAX * 2.0**-126
+ACTIVATION_GROUP, KV_GROUP, INDEX_GROUP = 128, 64, 32
 
 
 def quantize_activation(x: Tensor, group: int = 128) -> tuple[Tensor, Tensor]:
@@ -41,6 +42,26 @@ def simulate_fp8(x: Tensor, group: int) -> Tensor:
         return values.flatten(-2)[..., : x.shape[-1]].to(x.dtype)
 
     return straight_through(x, round_trip)
+
+
+def round_activation(x: Tensor) -> Tensor:
+    """What goes into a quantised weight, as the weights were trained: rounded to FP8 in groups of 128 channels."""
+    return simulate_fp8(x, ACTIVATION_GROUP)
+
+
+def round_kv(x: Tensor) -> Tensor:
+    """The unrotated channels of a KV row, as the weights were trained: rounded to FP8 in groups of 64 channels."""
+    return simulate_fp8(x, KV_GROUP)
+
+
+def round_index(x: Tensor) -> Tensor:
+    """An indexer's query or key after its Hadamard rotation, as trained: rounded to FP4 in groups of 32 channels."""
+    return simulate_fp4(x, INDEX_GROUP)
+
+
+def unchanged(x: Tensor) -> Tensor:
+    """The identity: what a quantisation point does where there is nothing to quantise."""
+    return x
 
 
 def simulate_fp4(x: Tensor, group: int = 32) -> Tensor:

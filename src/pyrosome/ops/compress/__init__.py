@@ -7,13 +7,16 @@ windows overlap), P pooling ratio, W window width (P, or 2 P).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from pyrosome.ops import native
+from pyrosome.ops.rope import norm_rope
 from pyrosome.ops.seam import Op
+from pyrosome.quant import unchanged
 
 # Gathered elements held at once: a definition works in tiles, so that a long prefill does not take gigabytes.
 TILE_ELEMENTS = 1 << 24
@@ -90,4 +93,24 @@ def _compress(
     return torch.where(real_M1, rows_MD, 0.0)
 
 
+@Op
+def compressed_rows(
+    kv_TE: Tensor,
+    gate_TE: Tensor,
+    tail_kv_SRE: Tensor,
+    tail_gate_SRE: Tensor,
+    bias_PE: Tensor,
+    emit: Emit,
+    width: int,
+    norm_D: Tensor,
+    rotation_MF: Tensor,
+    eps: float,
+    round_nope: Callable[[Tensor], Tensor] = unchanged,
+) -> Tensor:
+    """Rows of `compress`, divided by their RMS, times `norm_D`, turned by their window's first position, rounded."""
+    rows_MD = compress(kv_TE, gate_TE, tail_kv_SRE, tail_gate_SRE, bias_PE, emit, width)
+    return norm_rope(rows_MD, norm_D, rotation_MF, eps, round_nope)  # type: ignore[no-any-return]
+
+
 native.kernel(compress)
+native.kernel(compressed_rows)

@@ -8,7 +8,6 @@ E experts, S virtual shards, D model dim, I intermediate dim.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -17,15 +16,13 @@ from torch import Tensor
 
 from pyrosome.dist import VIRTUAL_SHARDS, tree_sum
 from pyrosome.ops import native
-from pyrosome.ops.linear import dense
+from pyrosome.ops.linear import Prepare, dense, linear
 from pyrosome.ops.seam import Op
 from pyrosome.quant import QuantTensor
 
 # Expert weights copied out of the bank at once, in elements, while gradients are off.
 TILE_ELEMENTS = 1 << 21
 MAX_TILE_ROWS = 256
-
-Prepare = Callable[[Tensor], Tensor]  # what a weight's stored format asks of its input: quantise it, or nothing
 
 
 class ExpertWeights(NamedTuple):
@@ -87,6 +84,15 @@ def routed_experts(x_TD: Tensor, bank: ExpertWeights, expert_TK: Tensor, weight_
     return _combine(out_RD, plan.place_TK, shard_TK)
 
 
+@Op
+def shared_expert(x_TD: Tensor, expert: ExpertWeights, limit: float, onto_TD: Tensor | None = None) -> Tensor:
+    """W2 swiglu(W1 x, W3 x), [T, D]: the expert every token visits with weight 1; added to `onto_TD` where given."""
+    gate = linear(x_TD, expert.w1, expert.prepare)
+    up = linear(x_TD, expert.w3, expert.prepare)
+    out_TD = linear(clamped_swiglu(gate, up, limit), expert.w2, expert.prepare)
+    return out_TD if onto_TD is None else onto_TD + out_TD
+
+
 def _held(expert_TK: Tensor, bank: ExpertWeights) -> Tensor:
     """Where each expert stands in the bank's stacks; -1 for none and for one held elsewhere."""
     place_TK = expert_TK - bank.first
@@ -145,4 +151,5 @@ def _pick(weight: Tensor | QuantTensor, expert_G: Tensor, dtype: torch.dtype) ->
 
 
 native.kernel(routed_experts)
+native.kernel(shared_expert)
 native.kernel(clamped_swiglu)

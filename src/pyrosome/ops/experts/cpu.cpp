@@ -1,40 +1,48 @@
 // Routed experts: the pairs (token, expert) sorted by expert, so that each expert's weights are read once.
-#include "native.h"
-
-#include <algorithm>
 #include <memory>
 #include <vector>
 
+#include "../tiles.h"
+
 namespace {
 
-struct Bank {  // [E, N, K] as stored
-    Stored all;
-    int64_t N, K;
-    Stored of(int64_t e) const {
-        const auto* data = static_cast<const uint8_t*>(all.data);
-        if (all.format == 0) return {0, data + e * N * K * 4, nullptr};
-        if (all.format == 3) return {3, data + e * N * K * 2, nullptr};
-        if (all.format == 1) return {1, data + e * N * K, all.scale + e * ((N + 127) / 128) * ((K + 127) / 128)};
-        return {2, data + e * N * (K / 2), all.scale + e * N * ((K + 31) / 32)};
+// silu(min(gate, limit)) clamp(up, -limit, limit) weight, into gate.
+void clamped_swiglu(float* gate, const float* up, int64_t count, float limit, float weight) {
+    const F16 top = set1(limit), low = set1(-limit), times = set1(weight);
+    for (int64_t i = 0; i < count; i += LANES) {
+        const F16 a = min(top, load_part(gate + i, count - i)), b = max(low, min(top, load_part(up + i, count - i)));
+        store_part(gate + i, a * sigmoid(a) * b * times, count - i);
     }
+}
+
+bool is_quantised(const Weight& w) { return w.format == FP4 || w.format == FP8; }
+
+// Rows that an expert computes: from[i] of the inputs, to addresses y[i].
+struct Rows {
+    const float* const* plain;  // addresses, for plain weights
+    const Inputs* inputs;       // for quantised ones
+    const int32_t* index;
+    int64_t count;
 };
 
-// Calls product(expert, n0, n1) for every expert that has pairs and every tile of its outputs.
+// y[i][0 .. n1 - n0) = outputs n0 .. n1 of one tile.
+void product(const Weight& w, int64_t tile, const Rows& rows, float* const* y) {
+    if (is_quantised(w)) return multiply_tile(w, tile, *rows.inputs, rows.index, rows.count, y);
+    const int64_t n0 = tile * TILE;
+    Scratch scratch;
+    auto** at = scratch.take<float*>(rows.count);
+    for (int64_t i = 0; i < rows.count; ++i) at[i] = y[i] - n0;
+    dot_rows(rows.plain, w, at, rows.count, n0, std::min(w.N, n0 + TILE));
+}
+
+// Calls run(expert, tile) for every expert that has pairs and every tile of its N outputs.
 template <class F>
-void each_tile(const int64_t* first, int64_t E, int64_t N, int threads, F product) {
+void each_tile(const int64_t* first, int64_t E, int64_t N, int threads, F run) {
     std::vector<int64_t> used;
     for (int64_t e = 0; e < E; ++e)
         if (first[e + 1] > first[e]) used.push_back(e);
-    const int64_t tile = 4 * TILE_N, tiles = (N + tile - 1) / tile;
-    parallel(used.size() * tiles, threads, [&](int64_t part) {
-        const int64_t n0 = part % tiles * tile;
-        product(used[part / tiles], n0, std::min(N, n0 + tile));
-    });
-}
-
-float clamped_swiglu(float gate, float up, float limit) {
-    const float a = std::min(gate, limit), b = std::max(-limit, std::min(up, limit));
-    return a / (1.0f + std::exp(-a)) * b;
+    const int64_t tiles = num_tiles(N);
+    parallel(static_cast<int64_t>(used.size()) * tiles, threads, [&](int64_t part) { run(used[part / tiles], part % tiles); });
 }
 
 constexpr int64_t SHARDS = 8;
@@ -76,6 +84,59 @@ void tree_sum(const Term* terms, int64_t count, float* out, int64_t D) {
     }
 }
 
+// h [P, I] = swiglu of w1 and w3 times its weight, a row for each place of the plan; x [T, D], place p being of token
+// order[p] / K (of p where `order` is null: every token visits expert 0 with weight 1).
+void up(const float* x, int64_t T, const int64_t* order, int64_t K, const int64_t* first, int64_t E, const float* weight,
+        const Weight& w1, const Weight& w3, float* h, float limit, int rounds, int threads) {
+    const int64_t D = w1.K, I = w1.N, P = first[E];
+    Scratch scratch;
+    Inputs inputs{nullptr, T, !rounds};
+    const bool quantised = is_quantised(w1) || is_quantised(w3);
+    if (quantised) {
+        inputs.data = scratch.take<char>(Inputs::bytes(T, D, !rounds));
+        prepare_rows(x, D, T, D, rounds, inputs, threads);
+    }
+    auto* token = scratch.take<int32_t>(P);
+    auto** from = scratch.take<const float*>(P);
+    for (int64_t p = 0; p < P; ++p) {
+        token[p] = static_cast<int32_t>(order ? order[p] / K : p);
+        from[p] = x + token[p] * D;
+    }
+    each_tile(first, E, I, threads, [&](int64_t e, int64_t tile) {
+        const int64_t at = first[e], M = first[e + 1] - at, n0 = tile * TILE, N = std::min(TILE, I - n0);
+        Scratch own;
+        auto* raised = own.take<float>(M * TILE);
+        auto** gate_to = own.take<float*>(M);
+        auto** up_to = own.take<float*>(M);
+        for (int64_t m = 0; m < M; ++m) gate_to[m] = h + (at + m) * I + n0, up_to[m] = raised + m * TILE;
+        const Rows rows{from + at, &inputs, token + at, M};
+        product(w1.of(e), tile, rows, gate_to);
+        product(w3.of(e), tile, rows, up_to);
+        for (int64_t m = 0; m < M; ++m) clamped_swiglu(gate_to[m], up_to[m], N, limit, order ? weight[order[at + m]] : 1.0f);
+    });
+}
+
+// rows [P, D] = w2 h, a row for each place of the plan.
+void down(const float* h, const int64_t* first, int64_t E, const Weight& w2, float* rows, int rounds, int threads) {
+    const int64_t D = w2.N, I = w2.K, P = first[E];
+    Scratch scratch;
+    Inputs inputs{nullptr, P, !rounds};
+    if (is_quantised(w2)) {
+        inputs.data = scratch.take<char>(Inputs::bytes(P, I, !rounds));
+        prepare_rows(h, I, P, I, rounds, inputs, threads);
+    }
+    auto* place = scratch.take<int32_t>(P);
+    auto** from = scratch.take<const float*>(P);
+    for (int64_t p = 0; p < P; ++p) place[p] = static_cast<int32_t>(p), from[p] = h + p * I;
+    each_tile(first, E, D, threads, [&](int64_t e, int64_t tile) {
+        const int64_t at = first[e], M = first[e + 1] - at;
+        Scratch own;
+        auto** to = own.take<float*>(M);
+        for (int64_t m = 0; m < M; ++m) to[m] = rows + (at + m) * D + tile * TILE;
+        product(w2.of(e), tile, {from + at, &inputs, place + at, M}, to);
+    });
+}
+
 }  // namespace
 
 // Sorts the pairs of experts low..low + E, of `all`, by expert, stable; -1 is no expert.  order [P] holds pairs, first
@@ -95,65 +156,47 @@ EXPORT int64_t pyrosome_experts_plan(const int64_t* expert, int64_t P, int64_t l
     return first[E];
 }
 
-// h [R, I] = silu(min(w1 x, limit)) clamp(w3 x, limit) weight, one row for each place of the plan.
-EXPORT void pyrosome_experts_up(const float* x, int64_t K, const int64_t* order, const int64_t* first, int64_t E,
-                                const float* weight, int format1, const void* w1, const uint8_t* s1, int format3,
-                                const void* w3, const uint8_t* s3, float* h, int64_t D, int64_t I, float limit, int threads) {
-    threads = worth(2 * first[E] * D * I, threads);
-    const Bank gate{{format1, w1, s1}, I, D}, up{{format3, w3, s3}, I, D};
-    each_tile(first, E, I, threads, [&](int64_t e, int64_t n0, int64_t n1) {
-        const int64_t M = first[e + 1] - first[e], N = n1 - n0;
-        std::vector<const float*> from(M);
-        std::vector<float*> to(M), other(M);
-        std::vector<float> raised(M * N), scratch(format1 || format3 ? N * D : 0);
-        for (int64_t m = 0; m < M; ++m) {
-            const int64_t place = first[e] + m;
-            from[m] = x + order[place] / K * D;
-            to[m] = h + place * I;
-            other[m] = raised.data() + m * N - n0;
-        }
-        dot_block(from.data(), widened(gate.of(e), n0, n1, D, scratch.data()), to.data(), M, n0, n1, D);
-        dot_block(from.data(), widened(up.of(e), n0, n1, D, scratch.data()), other.data(), M, n0, n1, D);
-        for (int64_t m = 0; m < M; ++m) {
-            const float w = weight[order[first[e] + m]];
-            for (int64_t n = n0; n < n1; ++n) to[m][n] = clamped_swiglu(to[m][n], other[m][n], limit) * w;
-        }
-    });
-}
-
-// y [T, D] = the sum over a token's pairs of w2 h: within each of 8 virtual shards of the experts in ascending order,
-// beginning with 0, then the shards as a tree.
-EXPORT void pyrosome_experts_down(const float* h, int64_t T, int64_t K, const int64_t* order, const int64_t* first,
-                                  int64_t low, int64_t E, int64_t all, int format, const void* w2, const uint8_t* s2,
-                                  float* y, int64_t D, int64_t I, int threads) {
-    threads = worth(first[E] * D * I, threads);
-    const Bank down{{format, w2, s2}, D, I};
-    const std::unique_ptr<float[]> rows(new float[first[E] * D]);  // by place
-    each_tile(first, E, D, threads, [&](int64_t e, int64_t n0, int64_t n1) {
-        const int64_t M = first[e + 1] - first[e];
-        std::vector<const float*> from(M);
-        std::vector<float*> to(M);
-        std::vector<float> scratch(format ? (n1 - n0) * I : 0);
-        for (int64_t m = 0; m < M; ++m) {
-            from[m] = h + (first[e] + m) * I;
-            to[m] = rows.get() + (first[e] + m) * D;
-        }
-        dot_block(from.data(), widened(down.of(e), n0, n1, I, scratch.data()), to.data(), M, n0, n1, I);
-    });
-    std::vector<int64_t> count(T);
-    std::vector<Term> terms(T * K);
+// y [T, D] = the sum over a token's pairs of w2 swiglu(w1 x, w3 x): within each of 8 virtual shards of the experts in
+// ascending order, beginning with 0, then the shards as a tree.  The stacks hold experts low..low + E of `all`.
+EXPORT void pyrosome_routed_experts(const float* x, int64_t T, int64_t K, const int64_t* order, const int64_t* first,
+                                    int64_t low, int64_t E, int64_t all, const float* weight, const Weight* w1,
+                                    const Weight* w3, const Weight* w2, float* y, float limit, int rounds, int threads) {
+    const int64_t D = w1->K, I = w1->N, P = first[E];
+    threads = worth(3 * P * D * I, threads);
+    Scratch scratch;
+    auto* h = scratch.take<float>(P * I);
+    auto* rows = scratch.take<float>(P * D);
+    up(x, T, order, K, first, E, weight, *w1, *w3, h, limit, rounds, threads);
+    down(h, first, E, *w2, rows, rounds, threads);
+    auto* count = scratch.take<int64_t>(T);
+    auto* terms = scratch.take<Term>(T * K);
+    std::fill(count, count + T, 0);
     for (int64_t e = 0; e < E; ++e)
         for (int64_t place = first[e]; place < first[e + 1]; ++place) {
             const int64_t t = order[place] / K;
-            terms[t * K + count[t]++] = {rows.get() + place * D, (low + e) * SHARDS / all};
+            terms[t * K + count[t]++] = {rows + place * D, (low + e) * SHARDS / all};
         }
     const int64_t strips = std::min<int64_t>(threads, T);
     parallel(strips, threads, [&](int64_t s) {
-        for (int64_t t = T * s / strips; t < T * (s + 1) / strips; ++t)
-            tree_sum(terms.data() + t * K, count[t], y + t * D, D);
+        for (int64_t t = T * s / strips; t < T * (s + 1) / strips; ++t) tree_sum(terms + t * K, count[t], y + t * D, D);
     });
 }
 
+// y [T, D] (+)= w2 swiglu(w1 x, w3 x), the expert that every token visits; with `adds`, added to what y holds.
+EXPORT void pyrosome_shared_expert(const float* x, int64_t T, const Weight* w1, const Weight* w3, const Weight* w2, float* y,
+                                   float limit, int adds, int rounds, int threads) {
+    const int64_t D = w1->K, I = w1->N, first[2] = {0, T};
+    threads = worth(3 * T * D * I, threads);
+    Scratch scratch;
+    auto* h = scratch.take<float>(T * I);
+    auto* rows = adds ? scratch.take<float>(T * D) : y;
+    up(x, T, nullptr, 1, first, 1, nullptr, *w1, *w3, h, limit, rounds, threads);
+    down(h, first, 1, *w2, rows, rounds, threads);
+    if (adds)
+        for (int64_t i = 0; i < T * D; i += LANES) store_part(y + i, load_part(y + i, T * D - i) + load_part(rows + i, T * D - i), T * D - i);
+}
+
 EXPORT void pyrosome_swiglu(const float* gate, const float* up, float* out, int64_t count, float limit) {
-    for (int64_t i = 0; i < count; ++i) out[i] = clamped_swiglu(gate[i], up[i], limit);
+    std::copy(gate, gate + count, out);
+    clamped_swiglu(out, up, count, limit, 1.0f);
 }

@@ -1,16 +1,14 @@
-"""`routed_experts` by the native library: pairs sorted by expert there, so that each expert's weights are read once."""
+"""Experts by the native library: pairs sorted by expert there, so that each expert's weights are read once."""
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from pyrosome.ops import experts as ops
 from pyrosome.ops import native
-
-if TYPE_CHECKING:
-    from pyrosome.ops.experts import ExpertWeights
+from pyrosome.ops.experts import ExpertWeights
+from pyrosome.quant import round_activation, unchanged
 
 
 def routed_experts(x_TD: Tensor, bank: ExpertWeights, expert_TK: Tensor, weight_TK: Tensor, limit: float) -> Tensor:
@@ -19,36 +17,53 @@ def routed_experts(x_TD: Tensor, bank: ExpertWeights, expert_TK: Tensor, weight_
     Raises:
         IndexError: a token was routed to an expert there is not.
     """
-    lib, threads = native.library(), native.threads()
-    (T, K), (E, inner, D) = expert_TK.shape, bank.w1.shape
-    expert_TK, weight_TK = expert_TK.contiguous(), weight_TK.float().contiguous()
+    if bank.prepare not in (round_activation, unchanged):
+        return ops.routed_experts.definition(x_TD, bank, expert_TK, weight_TK, limit)  # type: ignore[no-any-return]
+    lib, (T, K), (E, D) = native.library(), expert_TK.shape, (bank.w1.shape[0], bank.w1.shape[-1])
+    _check_width(x_TD, D)
+    expert_TK, weight_TK, x_TD = expert_TK.contiguous(), weight_TK.float().contiguous(), x_TD.contiguous()
     order, first = expert_TK.new_empty(T * K), expert_TK.new_empty(E + 1)
-    num_pairs = lib.pyrosome_experts_plan(
+    num_pairs = lib.experts_plan(
         expert_TK.data_ptr(), T * K, bank.first, E, bank.total, order.data_ptr(), first.data_ptr()
     )
     if num_pairs < 0:
         raise IndexError(f"a token was routed to expert {expert_TK.flatten()[-1 - num_pairs]} of {bank.total}")
     if num_pairs == 0:
         return x_TD.new_zeros(T, D)
-    (kind1, w1, s1), (kind3, w3, s3), (kind2, w2, s2) = map(native.stored, (bank.w1, bank.w3, bank.w2))
-    x_TD = bank.prepare(x_TD).contiguous()
-    h_RI = x_TD.new_empty(num_pairs, inner)
-    lib.pyrosome_experts_up(
-        x_TD.data_ptr(), K, order.data_ptr(), first.data_ptr(), E, weight_TK.data_ptr(), kind1, w1.data_ptr(),
-        native.address(s1), kind3, w3.data_ptr(), native.address(s3), h_RI.data_ptr(), D, inner, limit, threads,
-    )  # fmt: skip
-    h_RI = bank.prepare(h_RI).contiguous()
+    (w1, kept1), (w3, kept3), (w2, kept2) = native.weight(bank.w1), native.weight(bank.w3), native.weight(bank.w2)
     y_TD = x_TD.new_empty(T, D)
-    lib.pyrosome_experts_down(
-        h_RI.data_ptr(), T, K, order.data_ptr(), first.data_ptr(), bank.first, E, bank.total, kind2, w2.data_ptr(),
-        native.address(s2), y_TD.data_ptr(), D, inner, threads,
+    lib.routed_experts(
+        x_TD.data_ptr(), T, K, order.data_ptr(), first.data_ptr(), bank.first, E, bank.total, weight_TK.data_ptr(),
+        w1, w3, w2, y_TD.data_ptr(), limit, bank.prepare is round_activation, native.threads(),
     )  # fmt: skip
+    del kept1, kept3, kept2
     return y_TD
+
+
+def shared_expert(x_TD: Tensor, expert: ExpertWeights, limit: float, onto_TD: Tensor | None = None) -> Tensor:
+    """As the definition, for float32 x."""
+    if expert.prepare not in (round_activation, unchanged):
+        return ops.shared_expert.definition(x_TD, expert, limit, onto_TD)  # type: ignore[no-any-return]
+    _check_width(x_TD, expert.w1.shape[-1])
+    x_TD = x_TD.contiguous()
+    y_TD = torch.empty_like(x_TD) if onto_TD is None else onto_TD.contiguous().clone()
+    (w1, kept1), (w3, kept3), (w2, kept2) = native.weight(expert.w1), native.weight(expert.w3), native.weight(expert.w2)
+    native.library().shared_expert(
+        x_TD.data_ptr(), x_TD.shape[0], w1, w3, w2, y_TD.data_ptr(), limit, onto_TD is not None,
+        expert.prepare is round_activation, native.threads(),
+    )  # fmt: skip
+    del kept1, kept3, kept2
+    return y_TD
+
+
+def _check_width(x_TD: Tensor, D: int) -> None:
+    if x_TD.shape[1] != D:  # memory past a row must never be read
+        raise RuntimeError(f"rows of {x_TD.shape[1]} were given to experts of {D} inputs")
 
 
 def clamped_swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
     """As the definition, for float32 inputs."""
     gate, up = gate.contiguous(), up.contiguous()
     out = torch.empty_like(gate)
-    native.library().pyrosome_swiglu(gate.data_ptr(), up.data_ptr(), out.data_ptr(), out.numel(), limit)
+    native.library().swiglu(gate.data_ptr(), up.data_ptr(), out.data_ptr(), out.numel(), limit)
     return out

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pyrosome.ops import native
 from pyrosome.ops.linear import linear
+from pyrosome.ops.rms_norm import rms_norm
 from pyrosome.ops.seam import Op
 
 
@@ -25,11 +26,13 @@ def hyper_connection_in(
     norm_eps: float,
     hc_eps: float,
     sinkhorn_iters: int,
+    norm_D: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What a sub-block reads, and how its output goes back.
 
-    Args: fn [(2 + J) J, J D], base [(2 + J) J], scale [3] (for pre, post, comb).
-    Returns: u_TD = sum_j pre_j X_j in the streams' dtype; post_TJ; comb_TJJ, made doubly
+    Args: fn [(2 + J) J, J D], base [(2 + J) J], scale [3] (for pre, post, comb); norm_D the weight of the RMS norm of
+    what is read, where there is one.
+    Returns: u_TD = sum_j pre_j X_j in the streams' dtype, normalised; post_TJ; comb_TJJ, made doubly
     stochastic by `sinkhorn_iters` normalisations that begin with a row softmax and end on columns.
     """
     J = streams_TJD.shape[1]
@@ -38,7 +41,8 @@ def hyper_connection_in(
     post_TJ = 2 * torch.sigmoid(mix[:, J : 2 * J] * scale[1] + base[J : 2 * J])
     comb_TJJ = (mix[:, 2 * J :] * scale[2] + base[2 * J :]).unflatten(-1, (J, J)).softmax(-1) + hc_eps
     comb_TJJ = _sinkhorn(comb_TJJ.flatten(1), J, hc_eps, sinkhorn_iters).unflatten(-1, (J, J))
-    return _collapse(pre_TJ, wide_TJD, streams_TJD.dtype), post_TJ, comb_TJJ
+    u_TD = _collapse(pre_TJ, wide_TJD, streams_TJD.dtype)
+    return (u_TD if norm_D is None else rms_norm(u_TD, norm_D, norm_eps)), post_TJ, comb_TJJ
 
 
 def _sinkhorn(comb_TX: Tensor, J: int, eps: float, iters: int) -> Tensor:
@@ -72,6 +76,28 @@ def hyper_connection_out(streams_TJD: Tensor, out_TD: Tensor, post_TJ: Tensor, c
 
 
 @Op
+def hyper_connection_turn(
+    streams_TJD: Tensor,
+    out_TD: Tensor,
+    post_TJ: Tensor,
+    comb_TJJ: Tensor,
+    fn: Tensor,
+    base: Tensor,
+    scale: Tensor,
+    norm_eps: float,
+    hc_eps: float,
+    sinkhorn_iters: int,
+    norm_D: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Out of one sub-block and into the next: (new streams, and what `hyper_connection_in` says of them)."""
+    streams_TJD = hyper_connection_out(streams_TJD, out_TD, post_TJ, comb_TJJ)
+    return (
+        streams_TJD,
+        *hyper_connection_in(streams_TJD, fn, base, scale, norm_eps, hc_eps, sinkhorn_iters, norm_D),
+    )
+
+
+@Op
 def hyper_connection_head(
     streams_TJD: Tensor, fn: Tensor, base: Tensor, scale: Tensor, norm_eps: float, hc_eps: float
 ) -> Tensor:
@@ -93,4 +119,5 @@ def _collapse(weight_TJ: Tensor, wide_TJD: Tensor, dtype: torch.dtype) -> Tensor
 
 native.kernel(hyper_connection_in)
 native.kernel(hyper_connection_out)
+native.kernel(hyper_connection_turn)
 native.kernel(hyper_connection_head)

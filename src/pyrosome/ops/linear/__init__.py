@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from pyrosome.errors import UnsupportedFormat
 from pyrosome.ops import native
+from pyrosome.ops.rms_norm import rms_norm
 from pyrosome.ops.seam import Op
-from pyrosome.quant import QuantTensor
+from pyrosome.quant import QuantTensor, unchanged
+
+Prepare = Callable[[Tensor], Tensor]  # what a weight's stored format asks of its input: round it, or nothing
 
 
 def dense(weight: Tensor | QuantTensor, dtype: torch.dtype) -> Tensor:
@@ -25,10 +30,22 @@ def dense_rows(weight: Tensor | QuantTensor, index_T: Tensor) -> Tensor:
 
 
 @Op
-def linear(x: Tensor, weight_NK: Tensor | QuantTensor) -> Tensor:
-    """x [..., K] times the transpose of `weight_NK`, in promote(x, float32), returned in x's dtype."""
+def linear(x: Tensor, weight_NK: Tensor | QuantTensor, prepare: Prepare = unchanged) -> Tensor:
+    """x [..., K], prepared, times the transpose of `weight_NK`, in promote(x, float32), returned in x's dtype."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    return F.linear(x.to(wide), dense(weight_NK, wide)).to(x.dtype)
+    return F.linear(prepare(x).to(wide), dense(weight_NK, wide)).to(x.dtype)
+
+
+@Op
+def linears(
+    x: Tensor, weights: Sequence[tuple[Tensor | QuantTensor, Prepare]], norm: Tensor | None = None, eps: float = 0.0
+) -> list[Tensor]:
+    """Several products of one x [..., K], each with its own weight [N, K] and what it asks of its input.
+
+    With `norm` [K], x is divided by its RMS and multiplied by it first.
+    """
+    x = x if norm is None else rms_norm(x, norm, eps)
+    return [linear(x, weight_NK, prepare) for weight_NK, prepare in weights]
 
 
 @Op
@@ -44,4 +61,5 @@ def grouped_linear(x_TGK: Tensor, weight_NK: Tensor | QuantTensor) -> Tensor:
 
 
 native.kernel(linear)
+native.kernel(linears)
 native.kernel(grouped_linear)

@@ -1,33 +1,67 @@
-"""`linear` and `grouped_linear` by the native library; the same bits for a row whatever else is in the call."""
+"""Products by the native library; the same bits for a row whatever else is in the call."""
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Sequence
+
 from torch import Tensor
 
+from pyrosome.ops import linear as ops
 from pyrosome.ops import native
-from pyrosome.quant import QuantTensor
+from pyrosome.ops.linear import Prepare
+from pyrosome.quant import QuantTensor, round_activation, unchanged
 
 
-def linear(x: Tensor, weight_NK: Tensor | QuantTensor) -> Tensor:
+class Product(ctypes.Structure):
+    """One of several products that read the same rows: `Product` of linear/cpu.cpp."""
+
+    _fields_ = [("weight", ctypes.c_void_p), ("y", ctypes.c_void_p), ("ldy", ctypes.c_int64)]
+
+
+def linear(x: Tensor, weight_NK: Tensor | QuantTensor, prepare: Prepare = unchanged) -> Tensor:
     """As the definition, for float32 x."""
-    (N, K), rows = weight_NK.shape, x.reshape(-1, x.shape[-1])
-    return _product(rows, 1, N, K, weight_NK).view(*x.shape[:-1], N)
+    if prepare not in (round_activation, unchanged):
+        x, prepare = prepare(x), unchanged
+    (out,) = linears(x, ((weight_NK, prepare),))
+    return out
+
+
+def linears(
+    x: Tensor, weights: Sequence[tuple[Tensor | QuantTensor, Prepare]], norm: Tensor | None = None, eps: float = 0.0
+) -> list[Tensor]:
+    """As the definition, for float32 x: one call for all, inputs normalised and rounded once."""
+    rounds = [prepare is round_activation for _, prepare in weights]
+    if any(prepare not in (round_activation, unchanged) for _, prepare in weights):
+        return ops.linears.definition(x, weights, norm, eps)  # type: ignore[no-any-return]
+    K, lead = x.shape[-1], x.shape[:-1]
+    rows = x.reshape(-1, K)
+    if rows.stride(0) != K:
+        rows = rows.contiguous()
+    M, outs, products, held = rows.shape[0], [], (Product * len(weights))(), []
+    for i, (value, _) in enumerate(weights):
+        if value.shape[-1] != K:  # memory past a row must never be read
+            raise RuntimeError(f"rows of {K} were given to a product of {value.shape[-1]} inputs")
+        if isinstance(value, QuantTensor) and rounds[i] != any(rounds):
+            return ops.linears.definition(x, weights, norm, eps)  # type: ignore[no-any-return]
+        out, (_, kept) = x.new_empty(*lead, value.shape[0]), native.weight(value)
+        products[i] = Product(ctypes.addressof(kept.spec), out.data_ptr(), value.shape[0])
+        outs.append(out)
+        held.append(kept)
+    native.library().linear(
+        rows.data_ptr(), K, M, products, len(outs), any(rounds), native.address(norm), eps, native.threads()
+    )
+    return outs
 
 
 def grouped_linear(x_TGK: Tensor, weight_NK: Tensor | QuantTensor) -> Tensor:
     """As the definition, for float32 x."""
     T, G, K = x_TGK.shape
-    return _product(x_TGK.reshape(T, G * K), G, weight_NK.shape[0] // G, K, weight_NK).view(T, G, -1)
-
-
-def _product(x_ME: Tensor, G: int, N: int, K: int, weight: Tensor | QuantTensor) -> Tensor:
-    x_ME, (kind, data, scale) = x_ME.contiguous(), native.stored(weight)
-    M = x_ME.shape[0]
-    if x_ME.shape[1] != G * K:  # memory past a row must never be read
-        raise RuntimeError(f"rows of {x_ME.shape[1]} were given to {G} products of {K} inputs each")
-    y = x_ME.new_empty(M, G * N)
-    native.library().pyrosome_linear(
-        x_ME.data_ptr(), G * K, kind, data.data_ptr(), native.address(scale), y.data_ptr(),
-        M, G, N, K, native.threads(),
-    )  # fmt: skip
+    if weight_NK.shape[-1] != K:
+        raise RuntimeError(f"rows of {K} were given to products of {weight_NK.shape[-1]} inputs")
+    x_TGK = x_TGK.contiguous()
+    y = x_TGK.new_empty(T, G, weight_NK.shape[0] // G)
+    at, held = native.weight(weight_NK, G)
+    native.library().grouped_linear(x_TGK.data_ptr(), G * K, T, at, G, y.data_ptr(), native.threads())
+    del held
     return y

@@ -6,13 +6,16 @@ Shape letters: T vectors, F frequencies (rope_dim / 2).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from pyrosome.config import YarnScaling
 from pyrosome.ops import native
+from pyrosome.ops.rms_norm import rms_norm
 from pyrosome.ops.seam import Op
+from pyrosome.quant import hadamard, unchanged
 
 
 def frequencies(base: float, rope_dim: int, yarn: YarnScaling | None) -> Tensor:
@@ -63,5 +66,30 @@ def rope(x: Tensor, rotation_TF: Tensor, inverse: bool = False) -> Tensor:
     return torch.cat([x[..., :-width], turned.to(x.dtype)], dim=-1)
 
 
+@Op
+def norm_rope(
+    x: Tensor,
+    weight_C: Tensor | None,
+    rotation_TF: Tensor,
+    eps: float,
+    round_nope: Callable[[Tensor], Tensor] = unchanged,
+) -> Tensor:
+    """x [T, C] or [T, H, C] divided by its RMS (times `weight_C`), turned, and its other channels rounded."""
+    x = rope(rms_norm(x, weight_C, eps), rotation_TF)
+    if round_nope is unchanged:
+        return x
+    nope = x.shape[-1] - 2 * rotation_TF.shape[1]
+    return torch.cat([round_nope(x[..., :nope]), x[..., nope:]], dim=-1)
+
+
+@Op
+def index_rows(x: Tensor, rotation_TF: Tensor | None, round_index: Callable[[Tensor], Tensor] = unchanged) -> Tensor:
+    """Index queries or keys x [T, C] or [T, H, C]: turned (where a rotation is given), rotated by Hadamard, rounded."""
+    x = x if rotation_TF is None else rope(x, rotation_TF)
+    return round_index(hadamard(x))
+
+
 native.kernel(rotation)
 native.kernel(rope)
+native.kernel(norm_rope)
+native.kernel(index_rows)

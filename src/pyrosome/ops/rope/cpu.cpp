@@ -1,7 +1,6 @@
-// Rotation: unit complex numbers by position, and vectors turned by them.
-#include "native.h"
-
-#include <algorithm>
+// Rotation: unit complex numbers by position, vectors turned by them, and what stands beside a turn in the network.
+#include "../norm.h"
+#include "../round.h"
 
 EXPORT void pyrosome_rotation(const int64_t* position, const float* frequency, float* turn, int64_t T, int64_t F) {
     for (int64_t t = 0; t < T; ++t)
@@ -12,22 +11,56 @@ EXPORT void pyrosome_rotation(const int64_t* position, const float* frequency, f
         }
 }
 
+namespace {
+
+// Runs row(i) for the rows of all T tokens, in strips of whole tokens.
+template <class R>
+void each_token(int64_t T, int64_t operations, int threads, R token) {
+    const int64_t strips = std::min<int64_t>(worth(operations, threads), T);
+    parallel(strips, static_cast<int>(strips), [&](int64_t s) {
+        for (int64_t t = T * s / strips; t < T * (s + 1) / strips; ++t) token(t);
+    });
+}
+
+}  // namespace
+
 // x [T, H, C]: the last 2 F channels of each vector turned by its token's angles, forwards (sign 1) or back (-1).
 EXPORT void pyrosome_rope(const float* x, const float* turn, float* out, int64_t T, int64_t H, int64_t C, int64_t F,
                           float sign, int threads) {
-    threads = worth(T * H * C, threads);
-    const int64_t strips = std::min<int64_t>(threads, T);
-    parallel(strips, threads, [&](int64_t s) {
-        for (int64_t t = T * s / strips; t < T * (s + 1) / strips; ++t)
-            for (int64_t h = 0; h < H; ++h) {
-                const float* from = x + (t * H + h) * C;
-                float* to = out + (t * H + h) * C;
-                std::memcpy(to, from, (C - 2 * F) * sizeof(float));
-                for (int64_t f = 0, at = C - 2 * F; f < F; ++f, at += 2) {
-                    const float c = turn[(t * F + f) * 2], d = sign * turn[(t * F + f) * 2 + 1];
-                    to[at] = from[at] * c - from[at + 1] * d;
-                    to[at + 1] = from[at] * d + from[at + 1] * c;
-                }
-            }
+    each_token(T, T * H * C, threads, [&](int64_t t) {
+        for (int64_t h = 0; h < H; ++h) {
+            float* to = out + (t * H + h) * C;
+            std::memcpy(to, x + (t * H + h) * C, C * sizeof(float));
+            turn_pairs(to + C - 2 * F, turn + t * F * 2, F, sign);
+        }
+    });
+}
+
+// x [T, H, C] -> out: each vector divided by its RMS (x weight), then turned.  With `round_nope`, the channels that do not
+// turn are rounded to FP8 in groups of 64.
+EXPORT void pyrosome_norm_rope(const float* x, const float* weight, const float* turn, float* out, int64_t T, int64_t H,
+                               int64_t C, int64_t F, float eps, int round_nope, int threads) {
+    each_token(T, 4 * T * H * C, threads, [&](int64_t t) {
+        for (int64_t h = 0; h < H; ++h) {
+            float* to = out + (t * H + h) * C;
+            rms_row(x + (t * H + h) * C, weight, to, C, eps);
+            turn_pairs(to + C - 2 * F, turn + t * F * 2, F, 1.0f);
+            if (round_nope) round_kv(to, C - 2 * F);
+        }
+    });
+}
+
+// x [T, H, C] -> out: turned (where F), rotated by Hadamard, and with `rounds` rounded to FP4 in groups of 32.
+EXPORT void pyrosome_index_rows(const float* x, const float* turn, float* out, int64_t T, int64_t H, int64_t C, int64_t F,
+                                int rounds, int threads) {
+    const float norm = static_cast<float>(std::pow(static_cast<double>(C), -0.5));
+    each_token(T, 16 * T * H * C, threads, [&](int64_t t) {
+        for (int64_t h = 0; h < H; ++h) {
+            float* to = out + (t * H + h) * C;
+            std::memcpy(to, x + (t * H + h) * C, C * sizeof(float));
+            if (F) turn_pairs(to + C - 2 * F, turn + t * F * 2, F, 1.0f);
+            hadamard(to, C, norm);
+            if (rounds) round_fp4_groups(to, C);
+        }
     });
 }

@@ -43,4 +43,20 @@ def expert_weights(score_TE: Tensor, expert_TK: Tensor, scale: float) -> Tensor:
     return chosen_TK / chosen_TK.sum(1, keepdim=True) * scale
 
 
+@Op
+def route(
+    x_TD: Tensor, gate_ED: Tensor, choice: Tensor, num_chosen: int, scale: float, position_T: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(expert [T, K], weight [T, K]) of every token; a token of negative position (padding) visits nobody: -1.
+
+    Args:
+        choice: float [E], the balancing bias of a choice by score; or int64 [T, K], the experts themselves.
+    """
+    score_TE = route_scores(x_TD, gate_ED)
+    expert_TK = choose_experts(score_TE, choice, num_chosen) if choice.is_floating_point() else choice
+    weight_TK = expert_weights(score_TE, expert_TK, scale)
+    return torch.where(position_T[:, None] >= 0, expert_TK, -1), weight_TK
+
+
 native.kernel(affinity)
+native.kernel(route)

@@ -6,13 +6,16 @@ One row serves as key and value of every head (multi-query).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from pyrosome.ops import native
 from pyrosome.ops.rope import rope
-from pyrosome.ops.rows import RowSource
+from pyrosome.ops.rows import NARROW, RowSource
 from pyrosome.ops.seam import Op
+from pyrosome.quant.activation import straight_through
 
 # Keys are summed in splits of this many, in order.  A split of a shape that never changes keeps the
 # order of additions a function of the position alone, whatever else is in the step.
@@ -27,7 +30,8 @@ def sparse_attention(q_THC: Tensor, source: RowSource, index_TK: Tensor) -> tupl
 
     Returns (o [T, H, C], lse [T, H]) in promote(q, float32), without the sink: parts merge in
     `finish_attention`.  A token with no rows gives o = 0 and lse = -inf.  Scale is 1 / sqrt(C)
-    (official inference code: one scale for all keys).
+    (official inference code: one scale for all keys).  Over narrow rows q and the softmax's weights are rounded to
+    bfloat16 (`ops.rows.NARROW`).
     """
     T, H, C = q_THC.shape
     wide = torch.promote_types(q_THC.dtype, torch.float32)
@@ -35,25 +39,30 @@ def sparse_attention(q_THC: Tensor, source: RowSource, index_TK: Tensor) -> tupl
     if K == 0 or T == 0:
         return q_THC.new_zeros(T, H, C, dtype=wide), q_THC.new_full((T, H), float("-inf"), dtype=wide)
     rows_NC, flat_TK = source.read(index_TK)
-    rows_NC, q_THC = rows_NC.to(wide), q_THC.to(wide) * C**-0.5
+    narrow = source.format in NARROW
+    rows_NC, q_THC = rows_NC.to(wide), _rounded(q_THC, narrow).to(wide) * C**-0.5
     tile = max(1, TILE_ELEMENTS // (min(K, SPLIT_ROWS) * C))
     parts = [
-        _attend(q_THC[t : t + tile], rows_NC, flat_TK[t : t + tile], index_TK[t : t + tile] >= 0)
+        _attend(q_THC[t : t + tile], rows_NC, flat_TK[t : t + tile], index_TK[t : t + tile] >= 0, narrow)
         for t in range(0, T, tile)
     ]
     return (parts[0]) if len(parts) == 1 else (torch.cat([o for o, _ in parts]), torch.cat([lse for _, lse in parts]))
 
 
-def _attend(q_THC: Tensor, rows_NC: Tensor, flat_TK: Tensor, real_TK: Tensor) -> tuple[Tensor, Tensor]:
+def _rounded(x: Tensor, narrow: bool) -> Tensor:
+    return straight_through(x, lambda x: x.to(torch.bfloat16).to(x.dtype)) if narrow else x
+
+
+def _attend(q_THC: Tensor, rows_NC: Tensor, flat_TK: Tensor, real_TK: Tensor, narrow: bool) -> tuple[Tensor, Tensor]:
     """One tile of tokens: splits of keys one after the other, with a running maximum."""
-    o_THC, lse_TH = _split(q_THC, rows_NC, flat_TK[:, :SPLIT_ROWS], real_TK[:, :SPLIT_ROWS])
+    o_THC, lse_TH = _split(q_THC, rows_NC, flat_TK[:, :SPLIT_ROWS], real_TK[:, :SPLIT_ROWS], narrow)
     for k in range(SPLIT_ROWS, flat_TK.shape[1], SPLIT_ROWS):
-        o, lse = _split(q_THC, rows_NC, flat_TK[:, k : k + SPLIT_ROWS], real_TK[:, k : k + SPLIT_ROWS])
+        o, lse = _split(q_THC, rows_NC, flat_TK[:, k : k + SPLIT_ROWS], real_TK[:, k : k + SPLIT_ROWS], narrow)
         o_THC, lse_TH = merge(o_THC, lse_TH, o, lse)
     return o_THC, lse_TH
 
 
-def _split(q_THC: Tensor, rows_NC: Tensor, flat_TK: Tensor, real_TK: Tensor) -> tuple[Tensor, Tensor]:
+def _split(q_THC: Tensor, rows_NC: Tensor, flat_TK: Tensor, real_TK: Tensor, narrow: bool) -> tuple[Tensor, Tensor]:
     T, K = flat_TK.shape
     rows_TKC = rows_NC.index_select(0, flat_TK.flatten()).unflatten(0, (T, K))
     score_THK = torch.bmm(q_THC, rows_TKC.transpose(1, 2)).masked_fill(~real_TK[:, None], float("-inf"))
@@ -61,7 +70,7 @@ def _split(q_THC: Tensor, rows_NC: Tensor, flat_TK: Tensor, real_TK: Tensor) -> 
     top_TH1 = score_THK.detach().amax(-1, keepdim=True).clamp(min=torch.finfo(q_THC.dtype).min)
     p_THK = (score_THK - top_TH1).exp()
     mass_TH1 = p_THK.sum(-1, keepdim=True)
-    o_THC = torch.bmm(p_THK, rows_TKC) / mass_TH1.clamp(min=torch.finfo(q_THC.dtype).tiny)
+    o_THC = torch.bmm(_rounded(p_THK, narrow), rows_TKC) / mass_TH1.clamp(min=torch.finfo(q_THC.dtype).tiny)
     return o_THC, _log_mass(mass_TH1[..., 0], top_TH1[..., 0])
 
 
@@ -94,5 +103,13 @@ def finish_attention(sink_H: Tensor, rotation_TF: Tensor, parts: list[tuple[Tens
     return rope(o_THC * kept_TH[..., None], rotation_TF, inverse=True)
 
 
+@Op
+def attention(q_THC: Tensor, parts: Sequence[tuple[RowSource, Tensor]], sink_H: Tensor, rotation_TF: Tensor) -> Tensor:
+    """Attention of q [T, H, C] over all parts (source, index [T, K]), with the sink and the rotation back."""
+    held = [sparse_attention(q_THC, source, index_TK) for source, index_TK in parts]
+    return finish_attention(sink_H, rotation_TF, held)  # type: ignore[no-any-return]
+
+
+native.kernel(attention)
 native.kernel(sparse_attention, any_format=True)  # a source decodes its rows
 native.kernel(finish_attention)

@@ -1,6 +1,6 @@
 // Attention of each token over its rows, keys in splits of 128 in order, with a running maximum; and the end of it:
 // parts merged, the sink, the rotation back.
-#include "native.h"
+#include "../native.h"
 
 #include <algorithm>
 #include <limits>
@@ -11,86 +11,35 @@ namespace {
 constexpr int64_t SPLIT = 128;
 constexpr float NONE = -std::numeric_limits<float>::infinity();
 
-// o[h, c] = o[h, c] scale[h] + sum_k p[h, k] row[k, c], k in order by fused multiply-add, for H heads and C channels.
-void weigh_portable(float* o, const float* scale, const float* p, const float* const* row, int64_t H, int64_t C,
-                    int64_t K) {
-    for (int64_t h = 0; h < H; ++h)
-        for (int64_t c = 0; c < C; ++c) {
-            float sum = o[h * C + c] * scale[h];
-            for (int64_t k = 0; k < K; ++k) sum = std::fmaf(p[h * SPLIT + k], row[k][c], sum);
-            o[h * C + c] = sum;
-        }
-}
+constexpr int HEADS = PYROSOME_LEVEL == 2 ? 4 : 1;  // at once
 
-#if X86
-
-template <int HR, int VR>
-AVX512 void weigh_tile(float* o, const float* scale, const float* p, const float* const* row, int64_t C, int64_t c,
-                       int64_t K, const __mmask16* mask) {
-    __m512 sum[HR][VR];
-#pragma GCC unroll 4
-    for (int i = 0; i < HR; ++i)
-#pragma GCC unroll 4
-        for (int v = 0; v < VR; ++v)
-            sum[i][v] = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask[v], o + i * C + c + 16 * v), _mm512_set1_ps(scale[i]));
+// o[h, c] = o[h, c] scale[h] + sum_k p[h, k] row[k, c], k in order by fused multiply-add, for HR heads and 64 channels.
+template <int HR>
+void weigh_tile(float* o, const float* scale, const float* p, const float* const* row, int64_t C, int64_t c, int64_t K) {
+    const int64_t left = C - c;
+    F16 sum[HR][4];
+    UNROLL for (int i = 0; i < HR; ++i)
+        UNROLL for (int v = 0; v < 4; ++v)
+            sum[i][v] = left > 16 * v ? load_part(o + i * C + c + 16 * v, left - 16 * v) * set1(scale[i]) : zero();
     for (int64_t k = 0; k < K; ++k) {
-        __m512 r[VR];
-#pragma GCC unroll 4
-        for (int v = 0; v < VR; ++v) r[v] = _mm512_maskz_loadu_ps(mask[v], row[k] + c + 16 * v);
-#pragma GCC unroll 4
-        for (int i = 0; i < HR; ++i) {
-            const __m512 w = _mm512_set1_ps(p[i * SPLIT + k]);
-#pragma GCC unroll 4
-            for (int v = 0; v < VR; ++v) sum[i][v] = _mm512_fmadd_ps(w, r[v], sum[i][v]);
+        F16 r[4];
+        UNROLL for (int v = 0; v < 4; ++v)
+            r[v] = left >= 64 ? load(row[k] + c + 16 * v) : left > 16 * v ? load_part(row[k] + c + 16 * v, left - 16 * v) : zero();
+        UNROLL for (int i = 0; i < HR; ++i) {
+            const F16 w = set1(p[i * SPLIT + k]);
+            UNROLL for (int v = 0; v < 4; ++v) sum[i][v] = fma(w, r[v], sum[i][v]);
         }
     }
-#pragma GCC unroll 4
     for (int i = 0; i < HR; ++i)
-#pragma GCC unroll 4
-        for (int v = 0; v < VR; ++v) _mm512_mask_storeu_ps(o + i * C + c + 16 * v, mask[v], sum[i][v]);
+        for (int v = 0; v < 4; ++v)
+            if (left > 16 * v) store_part(o + i * C + c + 16 * v, sum[i][v], left - 16 * v);
 }
-
-AVX512 void weigh512(float* o, const float* scale, const float* p, const float* const* row, int64_t H, int64_t C,
-                     int64_t K) {
-    for (int64_t c = 0; c < C; c += 64) {
-        __mmask16 mask[4];
-        for (int v = 0; v < 4; ++v) {
-            const int64_t left = std::min<int64_t>(16, std::max<int64_t>(0, C - c - 16 * v));
-            mask[v] = static_cast<__mmask16>((1u << left) - 1);
-        }
-        int64_t h = 0;
-        for (; h + 4 <= H; h += 4) weigh_tile<4, 4>(o + h * C, scale + h, p + h * SPLIT, row, C, c, K, mask);
-        for (; h < H; ++h) weigh_tile<1, 4>(o + h * C, scale + h, p + h * SPLIT, row, C, c, K, mask);
-    }
-}
-
-AVX2 void weigh256(float* o, const float* scale, const float* p, const float* const* row, int64_t H, int64_t C,
-                   int64_t K) {
-    const int64_t whole = C / 8 * 8;
-    for (int64_t h = 0; h < H; ++h) {
-        for (int64_t c = 0; c < whole; c += 8) {
-            __m256 sum = _mm256_mul_ps(_mm256_loadu_ps(o + h * C + c), _mm256_set1_ps(scale[h]));
-            for (int64_t k = 0; k < K; ++k)
-                sum = _mm256_fmadd_ps(_mm256_set1_ps(p[h * SPLIT + k]), _mm256_loadu_ps(row[k] + c), sum);
-            _mm256_storeu_ps(o + h * C + c, sum);
-        }
-        for (int64_t c = whole; c < C; ++c) {
-            float sum = o[h * C + c] * scale[h];
-            for (int64_t k = 0; k < K; ++k) sum = std::fmaf(p[h * SPLIT + k], row[k][c], sum);
-            o[h * C + c] = sum;
-        }
-    }
-}
-
-#endif
 
 void weigh(float* o, const float* scale, const float* p, const float* const* row, int64_t H, int64_t C, int64_t K) {
-    switch (level()) {
-#if X86
-        case LEVEL_AVX512: return weigh512(o, scale, p, row, H, C, K);
-        case LEVEL_AVX2: return weigh256(o, scale, p, row, H, C, K);
-#endif
-        default: return weigh_portable(o, scale, p, row, H, C, K);
+    for (int64_t c = 0; c < C; c += 64) {
+        int64_t h = 0;
+        for (; h + HEADS <= H; h += HEADS) weigh_tile<HEADS>(o + h * C, scale + h, p + h * SPLIT, row, C, c, K);
+        for (; h < H; ++h) weigh_tile<1>(o + h * C, scale + h, p + h * SPLIT, row, C, c, K);
     }
 }
 
@@ -159,12 +108,7 @@ EXPORT void pyrosome_finish_attention(const float* const* o, const float* const*
                     if (share > 0)
                         for (int64_t c = 0; c < C; ++c) to[c] += share * o[p][at * C + c];
                 }
-                float* pair = to + C - 2 * F;
-                for (int64_t f = 0; f < F; ++f, pair += 2) {
-                    const float a = pair[0], b = pair[1], c = turn[(t * F + f) * 2], d = turn[(t * F + f) * 2 + 1];
-                    pair[0] = a * c + b * d;
-                    pair[1] = b * c - a * d;
-                }
+                turn_pairs(to + C - 2 * F, turn + t * F * 2, F, -1.0f);
             }
     });
 }

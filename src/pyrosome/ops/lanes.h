@@ -1,0 +1,685 @@
+// Sixteen float lanes, whatever the machine: what every kernel is written in.
+//
+// Each source is compiled once per level (PYROSOME_LEVEL 2: AVX-512 with VBMI, VNNI and BF16; 1: AVX2 with FMA and F16C;
+// 0: plain C++).  An operation here gives the same bits at every level: lanes never mix except where it says so, a
+// product and a sum are fused where `fma` says so and nowhere else, and functions such as exp are written out below.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if PYROSOME_LEVEL > 0
+#include <immintrin.h>
+#endif
+
+#define LANE inline __attribute__((always_inline))
+
+constexpr int LANES = 16;
+
+// Loops over registers are unrolled where there are registers.
+#if PYROSOME_LEVEL == 2
+#define UNROLL _Pragma("GCC unroll 8")
+#define UNROLL2 _Pragma("GCC unroll 2")
+#else
+#define UNROLL
+#define UNROLL2
+#endif
+
+// ---------------------------------------------------------------- types
+#if PYROSOME_LEVEL == 2
+struct F16 { __m512 v; };        // 16 floats
+struct I16 { __m512i v; };       // 16 int32, or 64 bytes
+struct Mask { __mmask16 v; };    // 16 truths
+#elif PYROSOME_LEVEL == 1
+struct F16 { __m256 v[2]; };
+struct I16 { __m256i v[2]; };
+struct Mask { __m256 v[2]; };
+#else
+// The compiler's own vectors: it lowers them to what the processor has, in little time.
+typedef float Floats __attribute__((vector_size(64), aligned(4), may_alias));
+typedef int32_t Ints __attribute__((vector_size(64), aligned(4), may_alias));
+typedef uint32_t Words __attribute__((vector_size(64), aligned(4), may_alias));
+struct F16 { Floats v; };
+struct I16 { Ints v; };
+struct Mask { Ints v; };  // 0 or -1
+#endif
+
+// One expression per level: EACH2 over the halves of AVX2, EACH16 over plain lanes.
+#define EACH2 for (int i = 0; i < 2; ++i)
+#define EACH16 for (int i = 0; i < 16; ++i)
+
+// ---------------------------------------------------------------- floats
+LANE F16 zero() {
+    F16 r;
+#if PYROSOME_LEVEL == 2
+    r.v = _mm512_setzero_ps();
+#elif PYROSOME_LEVEL == 1
+    EACH2 r.v[i] = _mm256_setzero_ps();
+#else
+    r.v = Floats{};
+#endif
+    return r;
+}
+
+LANE F16 set1(float x) {
+    F16 r;
+#if PYROSOME_LEVEL == 2
+    r.v = _mm512_set1_ps(x);
+#elif PYROSOME_LEVEL == 1
+    EACH2 r.v[i] = _mm256_set1_ps(x);
+#else
+    r.v = Floats{} + x;
+#endif
+    return r;
+}
+
+LANE F16 load(const float* p) {
+    F16 r;
+#if PYROSOME_LEVEL == 2
+    r.v = _mm512_loadu_ps(p);
+#elif PYROSOME_LEVEL == 1
+    EACH2 r.v[i] = _mm256_loadu_ps(p + 8 * i);
+#else
+    std::memcpy(&r, p, sizeof r);
+#endif
+    return r;
+}
+
+LANE void store(float* p, F16 a) {
+#if PYROSOME_LEVEL == 2
+    _mm512_storeu_ps(p, a.v);
+#elif PYROSOME_LEVEL == 1
+    EACH2 _mm256_storeu_ps(p + 8 * i, a.v[i]);
+#else
+    std::memcpy(p, &a, sizeof a);
+#endif
+}
+
+// The first n of 16, zeros after; nothing past them is read or written.
+LANE F16 load_part(const float* p, int64_t n) {
+    if (n >= LANES) return load(p);
+#if PYROSOME_LEVEL == 2
+    return {_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p)};
+#else
+    float part[16] = {};
+    for (int64_t i = 0; i < n; ++i) part[i] = p[i];
+    return load(part);
+#endif
+}
+
+LANE void store_part(float* p, F16 a, int64_t n) {
+    if (n >= LANES) return store(p, a);
+#if PYROSOME_LEVEL == 2
+    _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), a.v);
+#else
+    float part[16];
+    store(part, a);
+    for (int64_t i = 0; i < n; ++i) p[i] = part[i];
+#endif
+}
+
+#if PYROSOME_LEVEL == 2
+#define FLOAT2(name, wide, half, plain) \
+    LANE F16 name(F16 a, F16 b) { return {_mm512_##wide(a.v, b.v)}; }
+#elif PYROSOME_LEVEL == 1
+#define FLOAT2(name, wide, half, plain) \
+    LANE F16 name(F16 a, F16 b) { return {{_mm256_##half(a.v[0], b.v[0]), _mm256_##half(a.v[1], b.v[1])}}; }
+#else
+#define FLOAT2(name, wide, half, plain)  \
+    LANE F16 name(F16 x, F16 y) {        \
+        const Floats a = x.v, b = y.v;   \
+        return {plain};                  \
+    }
+#endif
+FLOAT2(operator+, add_ps, add_ps, a + b)
+FLOAT2(operator-, sub_ps, sub_ps, a - b)
+FLOAT2(operator*, mul_ps, mul_ps, a * b)
+FLOAT2(operator/, div_ps, div_ps, a / b)
+FLOAT2(max, max_ps, max_ps, a > b ? a : b)  // b where either is NaN
+FLOAT2(min, min_ps, min_ps, a < b ? a : b)
+#undef FLOAT2
+
+LANE F16 fma(F16 a, F16 b, F16 c) {  // a b + c, rounded once
+#if PYROSOME_LEVEL == 2
+    return {_mm512_fmadd_ps(a.v, b.v, c.v)};
+#elif PYROSOME_LEVEL == 1
+    return {{_mm256_fmadd_ps(a.v[0], b.v[0], c.v[0]), _mm256_fmadd_ps(a.v[1], b.v[1], c.v[1])}};
+#else
+    F16 r;
+    EACH16 r.v[i] = std::fmaf(a.v[i], b.v[i], c.v[i]);
+    return r;
+#endif
+}
+
+LANE F16 sqrt(F16 a) {
+#if PYROSOME_LEVEL == 2
+    return {_mm512_sqrt_ps(a.v)};
+#elif PYROSOME_LEVEL == 1
+    return {{_mm256_sqrt_ps(a.v[0]), _mm256_sqrt_ps(a.v[1])}};
+#else
+    F16 r;
+    EACH16 r.v[i] = std::sqrt(a.v[i]);
+    return r;
+#endif
+}
+
+// The lanes folded in halves: 16 -> 8 -> 4 -> 2 -> 1.
+LANE float fold(F16 a) {
+#if PYROSOME_LEVEL > 0
+#if PYROSOME_LEVEL == 2
+    const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1));
+#else
+    const __m256 eight = _mm256_add_ps(a.v[0], a.v[1]);
+#endif
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
+#else
+    float l[16];
+    store(l, a);
+    for (int w = 8; w; w /= 2)
+        for (int i = 0; i < w; ++i) l[i] = l[i] + l[i + w];
+    return l[0];
+#endif
+}
+
+LANE float fold_max(F16 a) {
+    float l[16];
+    store(l, a);
+    for (int w = 8; w; w /= 2)
+        for (int i = 0; i < w; ++i) l[i] = l[i] > l[i + w] ? l[i] : l[i + w];
+    return l[0];
+}
+
+// ---------------------------------------------------------------- 32-bit integers
+LANE I16 as_int(F16 a) {
+#if PYROSOME_LEVEL == 2
+    return {_mm512_castps_si512(a.v)};
+#elif PYROSOME_LEVEL == 1
+    return {{_mm256_castps_si256(a.v[0]), _mm256_castps_si256(a.v[1])}};
+#else
+    I16 r;
+    std::memcpy(&r, &a, sizeof r);
+    return r;
+#endif
+}
+
+LANE F16 as_float(I16 a) {
+#if PYROSOME_LEVEL == 2
+    return {_mm512_castsi512_ps(a.v)};
+#elif PYROSOME_LEVEL == 1
+    return {{_mm256_castsi256_ps(a.v[0]), _mm256_castsi256_ps(a.v[1])}};
+#else
+    F16 r;
+    std::memcpy(&r, &a, sizeof r);
+    return r;
+#endif
+}
+
+LANE I16 iset1(int32_t x) {
+    I16 r;
+#if PYROSOME_LEVEL == 2
+    r.v = _mm512_set1_epi32(x);
+#elif PYROSOME_LEVEL == 1
+    EACH2 r.v[i] = _mm256_set1_epi32(x);
+#else
+    r.v = Ints{} + x;
+#endif
+    return r;
+}
+
+LANE I16 iload(const void* p) {  // 64 bytes
+    I16 r;
+#if PYROSOME_LEVEL == 2
+    r.v = _mm512_loadu_si512(p);
+#elif PYROSOME_LEVEL == 1
+    EACH2 r.v[i] = _mm256_loadu_si256(static_cast<const __m256i*>(p) + i);
+#else
+    std::memcpy(&r, p, sizeof r);
+#endif
+    return r;
+}
+
+LANE void istore(void* p, I16 a) {
+#if PYROSOME_LEVEL == 2
+    _mm512_storeu_si512(p, a.v);
+#elif PYROSOME_LEVEL == 1
+    EACH2 _mm256_storeu_si256(static_cast<__m256i*>(p) + i, a.v[i]);
+#else
+    std::memcpy(p, &a, sizeof a);
+#endif
+}
+
+LANE I16 iload_halves(const uint16_t* p) {  // 16 times 16 bits, each a lane
+    I16 r;
+#if PYROSOME_LEVEL == 2
+    r.v = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif PYROSOME_LEVEL == 1
+    EACH2 r.v[i] = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p) + i));
+#else
+    EACH16 r.v[i] = p[i];
+#endif
+    return r;
+}
+
+LANE I16 iload_bytes(const uint8_t* p) {  // 16 bytes, each a lane
+    I16 r;
+#if PYROSOME_LEVEL == 2
+    r.v = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#elif PYROSOME_LEVEL == 1
+    EACH2 r.v[i] = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + 8 * i)));
+#else
+    EACH16 r.v[i] = p[i];
+#endif
+    return r;
+}
+
+#if PYROSOME_LEVEL == 2
+#define INT2(name, wide, half, plain) \
+    LANE I16 name(I16 a, I16 b) { return {_mm512_##wide(a.v, b.v)}; }
+#elif PYROSOME_LEVEL == 1
+#define INT2(name, wide, half, plain) \
+    LANE I16 name(I16 a, I16 b) { return {{_mm256_##half(a.v[0], b.v[0]), _mm256_##half(a.v[1], b.v[1])}}; }
+#else
+#define INT2(name, wide, half, plain)  \
+    LANE I16 name(I16 x, I16 y) {      \
+        const Ints a = x.v, b = y.v;   \
+        return {plain};                \
+    }
+#endif
+INT2(operator+, add_epi32, add_epi32, (Ints)((Words)a + (Words)b))
+INT2(operator-, sub_epi32, sub_epi32, (Ints)((Words)a - (Words)b))
+INT2(operator&, and_si512, and_si256, a& b)
+INT2(operator|, or_si512, or_si256, a | b)
+INT2(operator^, xor_si512, xor_si256, a ^ b)
+INT2(max, max_epi32, max_epi32, a > b ? a : b)
+INT2(min, min_epi32, min_epi32, a < b ? a : b)
+#undef INT2
+
+template <int N>
+LANE I16 shl(I16 a) {
+#if PYROSOME_LEVEL == 2
+    return {_mm512_slli_epi32(a.v, N)};
+#elif PYROSOME_LEVEL == 1
+    return {{_mm256_slli_epi32(a.v[0], N), _mm256_slli_epi32(a.v[1], N)}};
+#else
+    I16 r;
+    r.v = (Ints)((Words)a.v << N);
+    return r;
+#endif
+}
+
+template <int N>
+LANE I16 shr(I16 a) {  // zeros come in
+#if PYROSOME_LEVEL == 2
+    return {_mm512_srli_epi32(a.v, N)};
+#elif PYROSOME_LEVEL == 1
+    return {{_mm256_srli_epi32(a.v[0], N), _mm256_srli_epi32(a.v[1], N)}};
+#else
+    I16 r;
+    r.v = (Ints)((Words)a.v >> N);
+    return r;
+#endif
+}
+
+LANE F16 load_bf16(const uint16_t* p) { return as_float(shl<16>(iload_halves(p))); }
+
+LANE I16 to_int(F16 a) {  // nearest, ties to even
+#if PYROSOME_LEVEL == 2
+    return {_mm512_cvtps_epi32(a.v)};
+#elif PYROSOME_LEVEL == 1
+    return {{_mm256_cvtps_epi32(a.v[0]), _mm256_cvtps_epi32(a.v[1])}};
+#else
+    I16 r;
+    EACH16 r.v[i] = static_cast<int32_t>(std::nearbyintf(a.v[i]));
+    return r;
+#endif
+}
+
+LANE F16 to_float(I16 a) {
+#if PYROSOME_LEVEL == 2
+    return {_mm512_cvtepi32_ps(a.v)};
+#elif PYROSOME_LEVEL == 1
+    return {{_mm256_cvtepi32_ps(a.v[0]), _mm256_cvtepi32_ps(a.v[1])}};
+#else
+    F16 r;
+    r.v = __builtin_convertvector(a.v, Floats);
+    return r;
+#endif
+}
+
+// ---------------------------------------------------------------- comparisons
+LANE Mask less(F16 a, F16 b) {  // false where either is NaN
+#if PYROSOME_LEVEL == 2
+    return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ)};
+#elif PYROSOME_LEVEL == 1
+    return {{_mm256_cmp_ps(a.v[0], b.v[0], _CMP_LT_OQ), _mm256_cmp_ps(a.v[1], b.v[1], _CMP_LT_OQ)}};
+#else
+    Mask r;
+    r.v = a.v < b.v;
+    return r;
+#endif
+}
+
+LANE Mask greater(I16 a, I16 b) {
+#if PYROSOME_LEVEL == 2
+    return {_mm512_cmpgt_epi32_mask(a.v, b.v)};
+#elif PYROSOME_LEVEL == 1
+    return {{_mm256_castsi256_ps(_mm256_cmpgt_epi32(a.v[0], b.v[0])),
+             _mm256_castsi256_ps(_mm256_cmpgt_epi32(a.v[1], b.v[1]))}};
+#else
+    Mask r;
+    r.v = a.v > b.v;
+    return r;
+#endif
+}
+
+LANE F16 select(Mask m, F16 a, F16 b) {  // a where true, else b
+#if PYROSOME_LEVEL == 2
+    return {_mm512_mask_blend_ps(m.v, b.v, a.v)};
+#elif PYROSOME_LEVEL == 1
+    return {{_mm256_blendv_ps(b.v[0], a.v[0], m.v[0]), _mm256_blendv_ps(b.v[1], a.v[1], m.v[1])}};
+#else
+    F16 r;
+    r.v = m.v ? a.v : b.v;
+    return r;
+#endif
+}
+
+LANE I16 select(Mask m, I16 a, I16 b) { return as_int(select(m, as_float(a), as_float(b))); }
+
+LANE uint32_t bits_of(Mask m) {  // bit i is lane i
+#if PYROSOME_LEVEL == 2
+    return m.v;
+#elif PYROSOME_LEVEL == 1
+    return static_cast<uint32_t>(_mm256_movemask_ps(m.v[0])) | static_cast<uint32_t>(_mm256_movemask_ps(m.v[1])) << 8;
+#else
+    uint32_t r = 0;
+    EACH16 r |= (m.v[i] & 1u) << i;
+    return r;
+#endif
+}
+
+// ---------------------------------------------------------------- neighbours
+LANE F16 swapped(F16 a) {  // lanes 2 i and 2 i + 1 exchanged
+#if PYROSOME_LEVEL == 2
+    return {_mm512_permute_ps(a.v, 0xB1)};
+#elif PYROSOME_LEVEL == 1
+    return {{_mm256_permute_ps(a.v[0], 0xB1), _mm256_permute_ps(a.v[1], 0xB1)}};
+#else
+    F16 r;
+    EACH16 r.v[i] = a.v[i ^ 1];
+    return r;
+#endif
+}
+
+LANE F16 evens(F16 a) {  // lane 2 i in both lanes of the pair
+#if PYROSOME_LEVEL == 2
+    return {_mm512_moveldup_ps(a.v)};
+#elif PYROSOME_LEVEL == 1
+    return {{_mm256_moveldup_ps(a.v[0]), _mm256_moveldup_ps(a.v[1])}};
+#else
+    F16 r;
+    EACH16 r.v[i] = a.v[i & ~1];
+    return r;
+#endif
+}
+
+LANE F16 odds(F16 a) {
+#if PYROSOME_LEVEL == 2
+    return {_mm512_movehdup_ps(a.v)};
+#elif PYROSOME_LEVEL == 1
+    return {{_mm256_movehdup_ps(a.v[0]), _mm256_movehdup_ps(a.v[1])}};
+#else
+    F16 r;
+    EACH16 r.v[i] = a.v[i | 1];
+    return r;
+#endif
+}
+
+// F pairs of x, as complex numbers, times those of `turn` (sign 1) or their conjugates (-1).
+LANE void turn_pairs(float* x, const float* turn, int64_t F, float sign) {
+    alignas(64) const float way[16] = {-sign, sign, -sign, sign, -sign, sign, -sign, sign,
+                                       -sign, sign, -sign, sign, -sign, sign, -sign, sign};
+    for (int64_t i = 0; i < 2 * F; i += LANES) {
+        const F16 a = load_part(x + i, 2 * F - i), t = load_part(turn + i, 2 * F - i);
+        store_part(x + i, fma(a, evens(t), swapped(a) * (odds(t) * load(way))), 2 * F - i);
+    }
+}
+
+// ---------------------------------------------------------------- functions
+// e^x within 2 units in the last place; 0 below -87.33, where results would be subnormal; inf from 88.73; NaN of NaN.
+LANE F16 exp(F16 x) {
+    const F16 low = set1(-87.33f), high = set1(88.73f);
+    const F16 y = max(low, min(high, x));  // this order keeps NaN
+    const F16 shifted = fma(y, set1(1.44269504f), set1(12582912.0f));  // its last bits: the nearest integer to y / ln 2
+    const F16 n = shifted - set1(12582912.0f);
+    F16 r = fma(n, set1(-0.693145752f), y);
+    r = fma(n, set1(-1.42860677e-6f), r);
+    F16 p = set1(1.98756915e-4f);
+    p = fma(p, r, set1(1.39819995e-3f));
+    p = fma(p, r, set1(8.33345191e-3f));
+    p = fma(p, r, set1(4.16657959e-2f));
+    p = fma(p, r, set1(1.66666655e-1f));
+    p = fma(p, r, set1(0.5f));
+    p = fma(p, r * r, r) + set1(1.0f);
+    // 2^n in two steps: 2^128 is no float, 2^64 x 2^64 is infinite as it should be
+    const I16 whole = as_int(shifted) - iset1(0x4B400000);
+    const I16 half = as_int(fma(n, set1(0.5f), set1(12582912.0f))) - iset1(0x4B400000);
+    const F16 one = as_float(shl<23>(half + iset1(127))), two = as_float(shl<23>(whole - half + iset1(127)));
+    return select(less(x, low), zero(), p * one * two);
+}
+
+LANE F16 sigmoid(F16 x) { return set1(1.0f) / (set1(1.0f) + exp(zero() - x)); }
+
+LANE float first(F16 a) {
+#if PYROSOME_LEVEL == 2
+    return _mm512_cvtss_f32(a.v);
+#elif PYROSOME_LEVEL == 1
+    return _mm256_cvtss_f32(a.v[0]);
+#else
+    return a.v[0];
+#endif
+}
+LANE float exp1(float x) { return first(exp(set1(x))); }
+LANE float sigmoid1(float x) { return first(sigmoid(set1(x))); }
+
+// ---------------------------------------------------------------- bfloat16, in pairs
+// A pair fills a 32-bit lane: the term that comes first (the even one) in the high half, the second in the low half.
+
+// acc + a.first b.first, rounded, then + a.second b.second, rounded.  Values are expected to be normal or zero: the
+// instruction takes subnormal ones for zero.
+LANE F16 dot2(F16 acc, I16 a, I16 b) {
+#if PYROSOME_LEVEL == 2
+    return {_mm512_dpbf16_ps(acc.v, reinterpret_cast<__m512bh>(a.v), reinterpret_cast<__m512bh>(b.v))};
+#else
+    const I16 upper = iset1(static_cast<int32_t>(0xFFFF0000u));
+    acc = fma(as_float(a & upper), as_float(b & upper), acc);
+    return fma(as_float(shl<16>(a)), as_float(shl<16>(b)), acc);
+#endif
+}
+
+// The same with float terms on one side.
+LANE F16 dot2(F16 acc, I16 a, F16 first_b, F16 second_b) {
+    acc = fma(as_float(a & iset1(static_cast<int32_t>(0xFFFF0000u))), first_b, acc);
+    return fma(as_float(shl<16>(a)), second_b, acc);
+}
+
+// Bits of the nearest bfloat16 in the high half of each lane (ties to even; subnormal gives zero; NaN stays NaN).
+LANE I16 round_bf16(F16 a) {
+    const I16 bits = as_int(a), size = bits & iset1(0x7FFFFFFF);
+    I16 r = (bits + iset1(0x7FFF) + (shr<16>(bits) & iset1(1))) & iset1(static_cast<int32_t>(0xFFFF0000u));
+    r = select(greater(iset1(0x00800000), size), bits & iset1(static_cast<int32_t>(0x80000000u)), r);
+    return select(greater(size, iset1(0x7F800000)), iset1(0x7FC00000), r);
+}
+
+LANE float bf16_value(uint16_t b) {
+    const uint32_t bits = static_cast<uint32_t>(b) << 16;
+    float f;
+    std::memcpy(&f, &bits, sizeof f);
+    return f;
+}
+
+// A pair of bfloat16 values given as the upper halves of two floats' bits.
+LANE uint32_t pair_of(float first_value, float second_value) {
+    uint32_t a, b;
+    std::memcpy(&a, &first_value, 4);
+    std::memcpy(&b, &second_value, 4);
+    return (a & 0xFFFF0000u) | b >> 16;
+}
+
+// 2^(byte - 127), byte 0 included; 255 is refused where weights come in.
+LANE F16 e8m0_lanes(const uint8_t* p) { return as_float(max(shl<23>(iload_bytes(p)), iset1(0x00400000))); }
+LANE float e8m0_value(uint8_t byte) {
+    const uint32_t bits = byte == 255 ? 0x7FC00000u : byte ? static_cast<uint32_t>(byte) << 23 : 0x00400000u;
+    float f;
+    std::memcpy(&f, &bits, sizeof f);
+    return f;
+}
+
+// ---------------------------------------------------------------- codes
+// Four bfloat16 pairs of e2m1 codes from 64 bytes: 16-bit words of four codes, code v of a word being of pair v.
+template <int V>
+LANE I16 fp4_pair(I16 words) {
+    // e2m1 as bfloat16: 0 .5 1 1.5 2 3 4 6, then their negatives
+#if PYROSOME_LEVEL == 2
+    alignas(64) static const uint16_t table[32] = {
+        0, 0x3F00, 0x3F80, 0x3FC0, 0x4000, 0x4040, 0x4080, 0x40C0, 0x8000, 0xBF00, 0xBF80, 0xBFC0, 0xC000, 0xC040, 0xC080,
+        0xC0C0, 0, 0x3F00, 0x3F80, 0x3FC0, 0x4000, 0x4040, 0x4080, 0x40C0, 0x8000, 0xBF00, 0xBF80, 0xBFC0, 0xC000, 0xC040,
+        0xC080, 0xC0C0};
+    const __m512i code = V ? _mm512_srli_epi16(words.v, 4 * V) : words.v;  // bit 4 of an index is the next code's: no matter
+    return {_mm512_permutexvar_epi16(code, _mm512_load_si512(table))};
+#elif PYROSOME_LEVEL == 1
+    const __m256i low = _mm256_broadcastsi128_si256(
+        _mm_setr_epi8(0, 0, -128, -64, 0, 64, -128, -64, 0, 0, -128, -64, 0, 64, -128, -64));
+    const __m256i high = _mm256_broadcastsi128_si256(_mm_setr_epi8(
+        0, 0x3F, 0x3F, 0x3F, 0x40, 0x40, 0x40, 0x40, -128, (char)0xBF, (char)0xBF, (char)0xBF, (char)0xC0, (char)0xC0,
+        (char)0xC0, (char)0xC0));
+    I16 r;
+    EACH2 {
+        const __m256i code = _mm256_and_si256(_mm256_srli_epi16(words.v[i], 4 * V), _mm256_set1_epi16(15));
+        r.v[i] = _mm256_or_si256(_mm256_shuffle_epi8(low, code), _mm256_shuffle_epi8(high, _mm256_slli_epi16(code, 8)));
+    }
+    return r;
+#else
+    static const uint16_t table[16] = {0,      0x3F00, 0x3F80, 0x3FC0, 0x4000, 0x4040, 0x4080, 0x40C0,
+                                       0x8000, 0xBF00, 0xBF80, 0xBFC0, 0xC000, 0xC040, 0xC080, 0xC0C0};
+    I16 r;
+    EACH16 {
+        const uint32_t w = static_cast<uint32_t>(words.v[i]);
+        r.v[i] = static_cast<int32_t>(static_cast<uint32_t>(table[w >> (16 + 4 * V) & 15]) << 16 | table[w >> 4 * V & 15]);
+    }
+    return r;
+#endif
+}
+
+// e4m3 codes as bfloat16, which holds every one exactly: the high byte without its sign, and the low byte.
+struct E4M3 {
+    alignas(64) uint8_t high[128], low[128];
+    E4M3() {
+        for (int b = 0; b < 128; ++b) {
+            const int exponent = b >> 3, mantissa = b & 7;
+            const float size = exponent ? std::ldexp(1.0f + mantissa / 8.0f, exponent - 7) : std::ldexp(mantissa / 8.0f, -6);
+            uint32_t bits;
+            std::memcpy(&bits, &size, sizeof bits);
+            if (b == 127) bits = 0x7FC00000u;
+            high[b] = static_cast<uint8_t>(bits >> 24), low[b] = static_cast<uint8_t>(bits >> 16);
+        }
+    }
+};
+extern const E4M3 e4m3;
+
+LANE uint32_t e4m3_bits(uint8_t b) {  // of the bfloat16, in the low half
+    return static_cast<uint32_t>(e4m3.high[b & 127] | (b & 128)) << 8 | e4m3.low[b & 127];
+}
+LANE float e4m3_value(uint8_t b) { return bf16_value(static_cast<uint16_t>(e4m3_bits(b))); }
+
+// Two bfloat16 pairs of e4m3 codes from 64 bytes: in each 16 bytes the first 8 are pair 0 of four lanes, the others pair 1.
+LANE void fp8_pairs(I16 bytes, I16& pair0, I16& pair1) {
+#if PYROSOME_LEVEL == 2
+    const __m512i h0 = _mm512_load_si512(e4m3.high), h1 = _mm512_load_si512(e4m3.high + 64);
+    const __m512i l0 = _mm512_load_si512(e4m3.low), l1 = _mm512_load_si512(e4m3.low + 64);
+    const __m512i sign = _mm512_set1_epi8(static_cast<char>(0x80));
+    const __m512i high = _mm512_ternarylogic_epi32(_mm512_permutex2var_epi8(h0, bytes.v, h1), bytes.v, sign, 0xF8);
+    const __m512i low = _mm512_permutex2var_epi8(l0, bytes.v, l1);
+    pair0.v = _mm512_unpacklo_epi8(low, high);
+    pair1.v = _mm512_unpackhi_epi8(low, high);
+#elif PYROSOME_LEVEL == 1
+    // A code's bits, moved, are a half float 2^-8 times its value; 0x7F alone is none.
+    for (int i = 0; i < 2; ++i) {
+        __m256i out[2];
+        for (int part = 0; part < 2; ++part) {  // words of the first or second 8 bytes of each 16
+            const __m256i none = _mm256_setzero_si256();
+            const __m256i word = part ? _mm256_unpackhi_epi8(none, bytes.v[i]) : _mm256_unpacklo_epi8(none, bytes.v[i]);
+            const __m256i size = _mm256_and_si256(word, _mm256_set1_epi16(0x7F00));
+            const __m256i sign = _mm256_and_si256(word, _mm256_set1_epi16(static_cast<short>(0x8000)));
+            const __m256i half = _mm256_srli_epi16(size, 1);
+            __m256i bf;
+            {
+                const __m256 times = _mm256_set1_ps(256.0f);
+                const __m256i lo = _mm256_castps_si256(_mm256_mul_ps(_mm256_cvtph_ps(_mm256_castsi256_si128(half)), times));
+                const __m256i hi = _mm256_castps_si256(_mm256_mul_ps(_mm256_cvtph_ps(_mm256_extracti128_si256(half, 1)), times));
+                bf = _mm256_permute4x64_epi64(_mm256_packus_epi32(_mm256_srli_epi32(lo, 16), _mm256_srli_epi32(hi, 16)), 0xD8);
+            }
+            const __m256i nan = _mm256_cmpeq_epi16(size, _mm256_set1_epi16(0x7F00));
+            bf = _mm256_blendv_epi8(bf, _mm256_set1_epi16(0x7FC0), nan);
+            out[part] = _mm256_or_si256(bf, sign);
+        }
+        pair0.v[i] = out[0];
+        pair1.v[i] = out[1];
+    }
+#else
+    uint8_t b[64];
+    std::memcpy(b, &bytes, sizeof b);
+    EACH16 {
+        const uint8_t* at = b + i / 4 * 16 + i % 4 * 2;
+        pair0.v[i] = static_cast<int32_t>(e4m3_bits(at[1]) << 16 | e4m3_bits(at[0]));
+        pair1.v[i] = static_cast<int32_t>(e4m3_bits(at[9]) << 16 | e4m3_bits(at[8]));
+    }
+#endif
+}
+
+// ---------------------------------------------------------------- rounding to FP8 and FP4, as activations are
+// 2^ceil(log2(size / largest)) of the largest magnitude of a group, whose bits are `size_bits`, as the bits of a float;
+// NaN where the group has an infinity or NaN.
+LANE float group_scale(int32_t size_bits, float floor, float largest) {
+    float size;
+    std::memcpy(&size, &size_bits, sizeof size);
+    if (!(size_bits < 0x7F800000)) size = NAN;
+    else size = (size > floor ? size : floor) / largest;
+    uint32_t bits;
+    std::memcpy(&bits, &size, sizeof bits);
+    if (size == size) bits = (bits + 0x7FFFFFu) & 0x7F800000u;
+    if (bits == 0x7F800000u) bits = 0x7FC00000u;  // no power of two will do
+    std::memcpy(&size, &bits, sizeof size);
+    return size;
+}
+
+// Bits of the largest magnitude of `count` vectors: NaN is above infinity.
+LANE int32_t largest_bits(const F16* v, int count) {
+    I16 top = iset1(0);
+    for (int i = 0; i < count; ++i) top = max(top, as_int(v[i]) & iset1(0x7FFFFFFF));
+    int32_t l[16], r = 0;
+    istore(l, top);
+    for (int i = 0; i < 16; ++i) r = l[i] > r ? l[i] : r;
+    return r;
+}
+
+LANE F16 signed_as(F16 size, F16 v) {  // a zero that came from below is -0
+    return as_float(as_int(size) | (as_int(v) & iset1(static_cast<int32_t>(0x80000000u))));
+}
+
+// Rounds values of at most 448 to e4m3's 3 bits of mantissa, 2^-9 the least step, ties to even.
+LANE F16 to_e4m3(F16 v) {
+    const I16 exponent = max(as_int(v) & iset1(0x7F800000), iset1((127 - 6) << 23));
+    const F16 shift = as_float((exponent + iset1(20 << 23)) | iset1(0x00400000));
+    return signed_as((v + shift) - shift, v);
+}
+
+// v (16 `count` values, one group) to e4m3 with the group's scale and back; gives the scale.
+LANE float round_fp8(F16* v, int count) {
+    const float scale = group_scale(largest_bits(v, count), 1e-4f, 448.0f);
+    const F16 times = set1(scale), over = set1(1.0f / scale);
+    for (int i = 0; i < count; ++i) v[i] = to_e4m3(v[i] * over) * times;
+    return scale;
+}
