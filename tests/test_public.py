@@ -93,11 +93,11 @@ def test_the_version_is_the_project_s():
 SIGNATURES = {
     "load_model": {
         "path_or_name": REQUIRED, "device": "cpu", "numerics": "exact", "kv_format": None,
-        "*unpack": None, "*progress": None, "*experts": "resident", "*lock_memory": False, "*numa": "auto",
+        "*unpack": None, "*experts": "resident", "*lock_memory": False, "*numa": "auto", "*progress": None,
     },
     "LLM": {
         "path_or_name": REQUIRED, "numerics": "trained", "kv_format": None, "device": "cpu",
-        "*options": None, "*progress": None, "*experts": "resident", "*lock_memory": False, "*numa": "auto",
+        "*experts": "resident", "*lock_memory": False, "*numa": "auto", "*options": None, "*progress": None,
         "changes": REQUIRED,
     },
     "LLM.generate": {"prompts": REQUIRED, "params": None},
