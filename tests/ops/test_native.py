@@ -20,7 +20,7 @@ from pyrosome.ops.hyper_connection import (
     hyper_connection_turn,
 )
 from pyrosome.ops.index_topk import index_scores, index_topk
-from pyrosome.ops.linear import grouped_linear, linear, linears
+from pyrosome.ops.linear import grouped_linear, linear, linears, scaled
 from pyrosome.ops.rms_norm import rms_norm
 from pyrosome.ops.rope import index_rows, norm_rope, rope, rotation
 from pyrosome.ops.route import affinity, route
@@ -161,6 +161,7 @@ CASES = {
     "linears, norm": (linears, lambda T: (
         noise(LARGEST, 160)[:T], [(stored("fp8", 75, 160), round_activation), (stored("bf16", 33, 160), unchanged)],
         noise(160, seed=6), 1e-6)),
+    "scaled": (scaled, lambda T: (noise(LARGEST, 37)[:T], 0.37)),
     "rms_norm": (rms_norm, lambda T: (noise(LARGEST, 3, 37)[:T], noise(37, seed=1), 1e-6)),
     "norm_rope": (norm_rope, lambda T: (
         noise(LARGEST, 3, 82)[:T], None, rotation(noise(9), torch.arange(LARGEST))[:T], 1e-6)),

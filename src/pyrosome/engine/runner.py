@@ -16,6 +16,7 @@ from torch import Tensor
 from pyrosome.cache.pool import CachePool, Holding
 from pyrosome.cache.state import Snapshot, put_snapshot, take_snapshot
 from pyrosome.cache.streams import BLOCK_TOKENS
+from pyrosome.engine.graphs import StepGraphs
 from pyrosome.errors import CacheInvariantBroken, RequestError
 from pyrosome.model.build import Network
 from pyrosome.model.mtp import keep_streams, streams_at
@@ -77,6 +78,7 @@ class Runner:
             cache_tokens=cache_tokens,
             device=self.device,
         )
+        self.graphs = StepGraphs(model, self.pool) if is_native else None
 
     def open(self) -> Sequence:
         """Start an empty sequence.
@@ -147,7 +149,9 @@ class Runner:
         """
         step = self._admit(spans)
         with self._one_pool(), self._whole_or_broken(spans):
-            streams = self.model(step, cache=self.pool.layers(step)).streams
+            streams = self.graphs.run(step) if self.graphs else None
+            if streams is None:
+                streams = self.model(step, cache=self.pool.layers(step)).streams
             wanted = [t for (_, last), n in zip(step.layout, rows, strict=True) for t in range(last - n, last)]
             logits = streams.new_empty(0, self.model.config.vocab_size)
             if wanted:
@@ -300,7 +304,10 @@ class Runner:
             self._check(sequence)
             check_ids(ids, vocabulary)
             self.pool.prepare(sequence.holding, sequence.length, sequence.length + len(ids))
-        return Step.of([Span(s.slot, s.length, ids) for s, ids in spans], self.device)
+        context = 0
+        if self.graphs and all(len(ids) == 1 for _, ids in spans):
+            context = self.graphs.context_of(max(s.length + 1 for s, _ in spans))
+        return Step.of([Span(s.slot, s.length, ids) for s, ids in spans], self.device, context=context)
 
     @contextlib.contextmanager
     def _whole_or_broken(self, spans: Items[tuple[Sequence, Items[int]]]) -> Iterator[None]:

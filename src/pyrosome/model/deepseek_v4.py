@@ -29,7 +29,7 @@ from pyrosome.ops.hyper_connection import (
     hyper_connection_turn,
 )
 from pyrosome.ops.index_topk import index_topk
-from pyrosome.ops.linear import dense_rows, grouped_linear, linears
+from pyrosome.ops.linear import dense_rows, grouped_linear, linears, scaled
 from pyrosome.ops.rope import frequencies, index_rows, norm_rope, rotation
 from pyrosome.ops.route import route
 from pyrosome.ops.rows import RowSource
@@ -97,7 +97,7 @@ class Indexer(nn.Module):
             key_MC = index_rows(key_MC, None, self.numerics.index)
         keys = cache.history("index_k", key_MC, step.emit(CSA_RATIO), CSA_RATIO)
         q_THC = index_rows(q_TX.view(-1, self.heads, self.width), turns.token, self.numerics.index)
-        weight_TH = weight_TH * (self.width**-0.5 * self.heads**-0.5)
+        weight_TH = scaled(weight_TH, self.width**-0.5 * self.heads**-0.5)
         return index_topk(q_THC, keys, weight_TH, step.visible_T(CSA_RATIO), step.layout, self.topk)  # type: ignore[no-any-return]
 
 
@@ -188,7 +188,7 @@ class Gate(nn.Module):
 
     def forward(self, x_TD: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         """(expert [T, K], weight [T, K]); padding visits nobody."""
-        choice = self.tid2eid[step.ids_T] if self.hashed else self.bias  # type: ignore[index]
+        choice = step.picked(self.tid2eid, "ids_T") if self.hashed else self.bias  # type: ignore[arg-type]
         return route(x_TD, self.weight, choice, self.chosen, self.scale, step.position_T)  # type: ignore[no-any-return]
 
 

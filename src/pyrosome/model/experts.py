@@ -152,4 +152,6 @@ def _empty_stack(num: int, like: Tensor | QuantTensor, device: torch.device | st
             data = native.empty_pages(num, tiled_bytes(like.format, N, K))
             return TiledWeight(like.format, data, data.new_empty(0), num_rows=N, num_inputs=K)
         return QuantTensor(like.format, _empty_stack(num, like.data, device), _empty_stack(num, like.scale, device))  # type: ignore[arg-type]
+    if torch.device(device).type == "cpu":
+        return native.empty_like_on_pages(like, num)
     return torch.empty(num, *like.shape, dtype=like.dtype, device=device)

@@ -46,7 +46,10 @@ class Weight(nn.Module):
             self.value = held(value, device, self.parts)
         else:
             values = dense(value, torch.float32) if unpack or isinstance(value, QuantTensor) else value
-            self.value = nn.Parameter(values.to(device, copy=True), requires_grad=False)
+            on_cpu = torch.device(device).type == "cpu"
+            kept = native.at_rest(values.detach()) if on_cpu else values.to(device, copy=True)
+            assert isinstance(kept, Tensor)
+            self.value = nn.Parameter(kept, requires_grad=False)
 
     @property
     def device(self) -> torch.device:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,7 +44,7 @@ class Step:
     floor_B: Tensor  # positions below have no state rows
     is_replay: bool = False  # rebuilds state from rows of history that are there: it writes none
     adapter_T: Tensor | None = None  # which named adapter a token uses; None for none
-    _derived: dict[tuple[object, ...], object] = dataclasses.field(default_factory=dict, repr=False)
+    derived: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = dataclasses.field(default_factory=dict, repr=False)
 
     @classmethod
     def of(
@@ -109,10 +109,10 @@ class Step:
 
     def emit(self, ratio: int) -> Emit:
         """The compressed rows whose last token lies in this step, in token order, padded to a static bound."""
-        return self._once(("emit", ratio), lambda: self._emit(ratio))
+        return self._once(Step._emit, ratio)
 
     def _emit(self, ratio: int) -> Emit:
-        bound = self._num_emits(ratio)
+        bound = self.num_emits(ratio)
         if bound == 0:
             nothing = self.ids_T.new_empty(0)
             return Emit(nothing, nothing, nothing, nothing)
@@ -124,7 +124,8 @@ class Step:
         span_M = self.span_T[token_M]
         return Emit(token_M, end_M, self.start_B[span_M], self.slot_B[span_M])
 
-    def _num_emits(self, ratio: int) -> int:
+    def num_emits(self, ratio: int) -> int:
+        """Static bound on the compressed rows that end in this step."""
         if self.is_replay:
             return 0
         if self.mirror is not None:
@@ -137,11 +138,11 @@ class Step:
 
     def visible_T(self, ratio: int) -> Tensor:
         """How many compressed rows each token sees: those whose last token is not after it; 0 for padding."""
-        return self._once(("visible", ratio), lambda: (self.position_T + 1) // ratio)
+        return self._once(Step._visible, ratio)
 
     def all_rows(self, ratio: int) -> Tensor:
         """Every visible row of each token's sequence, oldest first, [T, K]; -1 past the last."""
-        return self._once(("rows", ratio), lambda: self._all_rows(ratio))
+        return self._once(Step._all_rows, ratio)
 
     def _all_rows(self, ratio: int) -> Tensor:
         row_K = torch.arange(self.num_rows(ratio), device=self.device)
@@ -149,7 +150,7 @@ class Step:
 
     def window_index(self, width: int, ring_rows: int) -> Tensor:
         """Rows of `UnitedRows` for each token's last `width` positions, oldest first, int64 [T, W]; -1 for none."""
-        return self._once(("window", width, ring_rows), lambda: self._window_index(width, ring_rows))
+        return self._once(Step._window_index, width, ring_rows)
 
     def _window_index(self, width: int, ring_rows: int) -> Tensor:
         back_W = torch.arange(width - 1, -1, -1, device=self.device)
@@ -165,7 +166,7 @@ class Step:
 
         Only the last `ring_rows` tokens of a span are kept: an older one would land on the same row.
         """
-        return self._once(("ring", ring_rows), lambda: self._ring_place(ring_rows))
+        return self._once(Step._ring_place, ring_rows)
 
     def _ring_place(self, ring_rows: int) -> tuple[Tensor, Tensor]:
         keep_T = (self.position_T >= 0) & (self.position_T >= self.stop_B[self.span_T] - ring_rows)
@@ -173,15 +174,38 @@ class Step:
 
     def flat_place(self, ring_rows: int) -> Tensor:
         """`ring_place` as one number, slot x ring_rows + row, int64 [T]."""
+        return self._once(Step._flat_place, ring_rows)
 
-        def place() -> Tensor:
-            slot_T, row_T = self.ring_place(ring_rows)
-            return slot_T * ring_rows + row_T
+    def _flat_place(self, ring_rows: int) -> Tensor:
+        slot_T, row_T = self.ring_place(ring_rows)
+        return slot_T * ring_rows + row_T
 
-        return self._once(("flat", ring_rows), place)  # type: ignore[no-any-return]
+    def picked(self, table: Tensor, by: str) -> Tensor:
+        """Rows of a table (one that lasts) by the ids of tokens ("ids_T") or the slots of spans ("slot_B")."""
+        return self._once(Step._picked, table, by)
 
-    def _once(self, key, make):  # type: ignore[no-untyped-def]
-        """Layers share what depends on the step alone."""
-        if key not in self._derived:
-            self._derived[key] = make()
-        return self._derived[key]
+    def _picked(self, table: Tensor, by: str) -> Tensor:
+        return table[getattr(self, by)]
+
+    def page_place(self, table_SP: Tensor, ratio: int, page_rows: int) -> Tensor:
+        """Where in a pool's pages each emitted row is written, int64 [M]: page x page_rows + row.
+
+        The spare page's last row takes what is not to be kept; its first stays zero and stands for "nothing".
+        """
+        return self._once(Step._page_place, table_SP, ratio, page_rows)
+
+    def _page_place(self, table_SP: Tensor, ratio: int, page_rows: int) -> Tensor:
+        emit = self.emit(ratio)
+        row_M = emit.end // ratio
+        page_M = table_SP[emit.slot, (row_M // page_rows).clamp(min=0)]
+        return torch.where(emit.end >= 0, page_M * page_rows + row_M % page_rows, page_rows - 1)
+
+    def _visible(self, ratio: int) -> Tensor:
+        return (self.position_T + 1) // ratio
+
+    def _once(self, make, *about):  # type: ignore[no-untyped-def]
+        """Layers share what depends on the step alone.  `derived` has it all, by what made it and about what."""
+        key = (make, *(id(x) if isinstance(x, Tensor) else x for x in about))
+        if key not in self.derived:
+            self.derived[key] = make(self, *about), about
+        return self.derived[key][0]

@@ -13,6 +13,7 @@ import errno
 import functools
 import importlib
 import logging
+import math
 import os
 import subprocess
 from collections.abc import Callable, Iterable, Iterator
@@ -45,12 +46,12 @@ _SIGNATURES = {
     "norm_rope": (_P, _P, _P, _P, _I, _I, _I, _I, _F, _N, _N),
     "index_rows": (_P, _P, _P, _I, _I, _I, _I, _N, _N),
     "store_rows": (_P, _P, _I, _I, _N, _I, _P, _I, _P, _I),
-    "round_trip": (_P, _I, _I, _N, _I),
+    "round_trip": (_P, _P, _I, _I, _N, _I),
     "route": (_P, _I, _P, _P, _P, _P, _I, _F, _P, _P, _N),
     "grouped_linear": (_P, _I, _I, _P, _I, _P, _N),
-    "experts_plan": (_P, _I, _I, _I, _I, _P, _P),
-    "routed_experts": (_P, _I, _I, _P, _P, _I, _I, _I, _P, _P, _P, _P, _P, _F, _N, _N),
-    "shared_expert": (_P, _I, _P, _P, _P, _P, _F, _N, _N, _N),
+    "routed_experts": (_P, _I, _I, _P, _I, _I, _I, _P, _P, _P, _P, _P, _F, _N, _N),
+    "shared_expert": (_P, _I, _P, _P, _P, _P, _P, _F, _N, _N),
+    "scale": (_P, _P, _I, _F),
     "hyper_connection_in": (_P,) * 8 + (_I, _N, _I, _F, _F, _N, _N),
     "hyper_connection_turn": (_P,) * 12 + (_I, _N, _I, _F, _F, _N, _N),
     "hyper_connection_out": (_P, _P, _P, _P, _P, _I, _N, _I, _N),
@@ -66,7 +67,7 @@ _SIGNATURES = {
     "index_scores": (_P, _P, _P, _P, _I, _I, _I, _I, _N),
     "index_topk": (_P, _P, _P, _I, _I, _P, _I, _P, _P, _P, _I, _I, _I, _I, _I, _P, _P, _N),
 }
-_RESULTS = {"experts_plan": _I, "lock": _I, "interleave": _I, "numa_nodes": _I}
+_RESULTS = {"routed_experts": _I, "lock": _I, "interleave": _I, "numa_nodes": _I}
 
 
 def why_not(place: Place) -> str:
@@ -94,6 +95,38 @@ def kernel(op: Op, *, any_format: bool = False) -> None:
 
 
 _forced: str | None = None
+_recorder: Recorder | None = None
+
+
+class Recorder:
+    """Stands for the library while calls are kept as they are made: (function, arguments), to be made again."""
+
+    def __init__(self, lib: ctypes.CDLL) -> None:
+        self.lib, self.calls = lib, []  # type: ignore[var-annotated]
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        function = getattr(self.lib, name)
+
+        def call(*arguments: Any) -> Any:
+            self.calls.append((function, arguments))
+            return function(*arguments)
+
+        return call
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[Recorder]:
+    """Keep the calls that are made inside a block.  Whoever makes them again sees to it that their memory lasts.
+
+    Raises:
+        OSError: there is no library.
+    """
+    global _recorder
+    _recorder = Recorder(library())
+    try:
+        yield _recorder
+    finally:
+        _recorder = None
 
 
 def library() -> ctypes.CDLL:
@@ -102,6 +135,8 @@ def library() -> ctypes.CDLL:
     Raises:
         OSError: there is no compiler, or it failed; the message says what to do.
     """
+    if _recorder is not None:
+        return _recorder  # type: ignore[return-value]
     found = _best() if _forced is None else _opened(_forced)
     if isinstance(found, tuple):
         return found[1]
@@ -283,7 +318,7 @@ def at_rest(value: Tensor | QuantTensor, parts: int = 1) -> Tensor | QuantTensor
         return tiled(value, parts)
     if isinstance(value, QuantTensor):
         return QuantTensor(value.format, value.data.clone(), value.scale.clone())
-    return value.clone()
+    return empty_like_on_pages(value).copy_(value)
 
 
 def tiled(value: QuantTensor, parts: int = 1, out: Tensor | None = None) -> TiledWeight:
@@ -378,6 +413,12 @@ def _memlock() -> str:
         return "unknown"
     limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     return "unlimited" if limit == resource.RLIM_INFINITY else f"{limit:,} bytes"
+
+
+def empty_like_on_pages(value: Tensor, *lead: int) -> Tensor:
+    """Room for a plain tensor, or for a stack of such, as `empty_pages` gives it."""
+    shape = (*lead, *value.shape)
+    return empty_pages(math.prod(shape) * value.element_size()).view(value.dtype).view(shape)
 
 
 def address(tensor: Tensor | None) -> int:

@@ -137,12 +137,9 @@ void down(const float* h, const int64_t* first, int64_t E, const Weight& w2, flo
     });
 }
 
-}  // namespace
-
 // Sorts the pairs of experts low..low + E, of `all`, by expert, stable; -1 is no expert.  order [P] holds pairs, first
-// [E + 1] each expert's first place in it.  Returns how many there are, or -1 - p where pair p names an expert there is not.
-EXPORT int64_t pyrosome_experts_plan(const int64_t* expert, int64_t P, int64_t low, int64_t E, int64_t all,
-                                     int64_t* order, int64_t* first) {
+// [E + 1] each expert's first place in it.  Returns 0, or -1 - p where pair p names an expert there is not.
+int64_t plan(const int64_t* expert, int64_t P, int64_t low, int64_t E, int64_t all, int64_t* order, int64_t* first) {
     const auto held = [&](int64_t p) { return expert[p] >= low && expert[p] < low + E; };
     std::fill(first, first + E + 1, 0);
     for (int64_t p = 0; p < P; ++p) {
@@ -150,20 +147,28 @@ EXPORT int64_t pyrosome_experts_plan(const int64_t* expert, int64_t P, int64_t l
         if (held(p)) ++first[expert[p] - low + 1];
     }
     for (int64_t e = 0; e < E; ++e) first[e + 1] += first[e];
-    std::vector<int64_t> next(first, first + E);
+    Scratch scratch;
+    auto* next = scratch.take<int64_t>(E);
+    std::copy(first, first + E, next);
     for (int64_t p = 0; p < P; ++p)
         if (held(p)) order[next[expert[p] - low]++] = p;
-    return first[E];
+    return 0;
 }
 
+}  // namespace
+
 // y [T, D] = the sum over a token's pairs of w2 swiglu(w1 x, w3 x): within each of 8 virtual shards of the experts in
-// ascending order, beginning with 0, then the shards as a tree.  The stacks hold experts low..low + E of `all`.
-EXPORT void pyrosome_routed_experts(const float* x, int64_t T, int64_t K, const int64_t* order, const int64_t* first,
-                                    int64_t low, int64_t E, int64_t all, const float* weight, const Weight* w1,
-                                    const Weight* w3, const Weight* w2, float* y, float limit, int rounds, int threads) {
+// ascending order, beginning with 0, then the shards as a tree.  expert [T, K], -1 for none; the stacks hold experts
+// low..low + E of `all`.  Returns 0, or -1 - p where pair p names an expert there is not, and then y is not written.
+EXPORT int64_t pyrosome_routed_experts(const float* x, int64_t T, int64_t K, const int64_t* expert, int64_t low, int64_t E,
+                                       int64_t all, const float* weight, const Weight* w1, const Weight* w3,
+                                       const Weight* w2, float* y, float limit, int rounds, int threads) {
+    Scratch scratch;
+    auto* order = scratch.take<int64_t>(T * K);
+    auto* first = scratch.take<int64_t>(E + 1);
+    if (const int64_t bad = plan(expert, T * K, low, E, all, order, first)) return bad;
     const int64_t D = w1->K, I = w1->N, P = first[E];
     threads = worth(3 * P * D * I, threads);
-    Scratch scratch;
     auto* h = scratch.take<float>(P * I);
     auto* rows = scratch.take<float>(P * D);
     up(x, T, order, K, first, E, weight, *w1, *w3, h, limit, rounds, threads);
@@ -180,20 +185,21 @@ EXPORT void pyrosome_routed_experts(const float* x, int64_t T, int64_t K, const 
     parallel(strips, threads, [&](int64_t s) {
         for (int64_t t = T * s / strips; t < T * (s + 1) / strips; ++t) tree_sum(terms + t * K, count[t], y + t * D, D);
     });
+    return 0;
 }
 
-// y [T, D] (+)= w2 swiglu(w1 x, w3 x), the expert that every token visits; with `adds`, added to what y holds.
-EXPORT void pyrosome_shared_expert(const float* x, int64_t T, const Weight* w1, const Weight* w3, const Weight* w2, float* y,
-                                   float limit, int adds, int rounds, int threads) {
+// y [T, D] = onto (or nothing) + w2 swiglu(w1 x, w3 x), the expert that every token visits.
+EXPORT void pyrosome_shared_expert(const float* x, int64_t T, const Weight* w1, const Weight* w3, const Weight* w2,
+                                   const float* onto, float* y, float limit, int rounds, int threads) {
     const int64_t D = w1->K, I = w1->N, first[2] = {0, T};
     threads = worth(3 * T * D * I, threads);
     Scratch scratch;
     auto* h = scratch.take<float>(T * I);
-    auto* rows = adds ? scratch.take<float>(T * D) : y;
     up(x, T, nullptr, 1, first, 1, nullptr, *w1, *w3, h, limit, rounds, threads);
-    down(h, first, 1, *w2, rows, rounds, threads);
-    if (adds)
-        for (int64_t i = 0; i < T * D; i += LANES) store_part(y + i, load_part(y + i, T * D - i) + load_part(rows + i, T * D - i), T * D - i);
+    down(h, first, 1, *w2, y, rounds, threads);
+    if (onto)
+        for (int64_t i = 0; i < T * D; i += LANES)
+            store_part(y + i, load_part(onto + i, T * D - i) + load_part(y + i, T * D - i), T * D - i);
 }
 
 EXPORT void pyrosome_swiglu(const float* gate, const float* up, float* out, int64_t count, float limit) {

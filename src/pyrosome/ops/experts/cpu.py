@@ -22,21 +22,15 @@ def routed_experts(x_TD: Tensor, bank: ExpertWeights, expert_TK: Tensor, weight_
     lib, (T, K), (E, D) = native.library(), expert_TK.shape, (bank.w1.shape[0], bank.w1.shape[-1])
     _check_width(x_TD, D)
     expert_TK, weight_TK, x_TD = expert_TK.contiguous(), weight_TK.float().contiguous(), x_TD.contiguous()
-    order, first = expert_TK.new_empty(T * K), expert_TK.new_empty(E + 1)
-    num_pairs = lib.experts_plan(
-        expert_TK.data_ptr(), T * K, bank.first, E, bank.total, order.data_ptr(), first.data_ptr()
-    )
-    if num_pairs < 0:
-        raise IndexError(f"a token was routed to expert {expert_TK.flatten()[-1 - num_pairs]} of {bank.total}")
-    if num_pairs == 0:
-        return x_TD.new_zeros(T, D)
     (w1, kept1), (w3, kept3), (w2, kept2) = native.weight(bank.w1), native.weight(bank.w3), native.weight(bank.w2)
     y_TD = x_TD.new_empty(T, D)
-    lib.routed_experts(
-        x_TD.data_ptr(), T, K, order.data_ptr(), first.data_ptr(), bank.first, E, bank.total, weight_TK.data_ptr(),
-        w1, w3, w2, y_TD.data_ptr(), limit, bank.prepare is round_activation, native.threads(),
+    bad = lib.routed_experts(
+        x_TD.data_ptr(), T, K, expert_TK.data_ptr(), bank.first, E, bank.total, weight_TK.data_ptr(), w1, w3, w2,
+        y_TD.data_ptr(), limit, bank.prepare is round_activation, native.threads(),
     )  # fmt: skip
     del kept1, kept3, kept2
+    if bad:
+        raise IndexError(f"a token was routed to expert {expert_TK.flatten()[-1 - bad]} of {bank.total}")
     return y_TD
 
 
@@ -46,10 +40,10 @@ def shared_expert(x_TD: Tensor, expert: ExpertWeights, limit: float, onto_TD: Te
         return ops.shared_expert.definition(x_TD, expert, limit, onto_TD)  # type: ignore[no-any-return]
     _check_width(x_TD, expert.w1.shape[-1])
     x_TD = x_TD.contiguous()
-    y_TD = torch.empty_like(x_TD) if onto_TD is None else onto_TD.contiguous().clone()
+    y_TD, onto_TD = torch.empty_like(x_TD), None if onto_TD is None else onto_TD.contiguous()
     (w1, kept1), (w3, kept3), (w2, kept2) = native.weight(expert.w1), native.weight(expert.w3), native.weight(expert.w2)
     native.library().shared_expert(
-        x_TD.data_ptr(), x_TD.shape[0], w1, w3, w2, y_TD.data_ptr(), limit, onto_TD is not None,
+        x_TD.data_ptr(), x_TD.shape[0], w1, w3, w2, native.address(onto_TD), y_TD.data_ptr(), limit,
         expert.prepare is round_activation, native.threads(),
     )  # fmt: skip
     del kept1, kept3, kept2

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import itertools
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from pyrosome.ops import native
@@ -29,11 +30,12 @@ def index_topk(
         return ops.index_topk.definition(q_THC, keys, weight_TH, visible_T, layout, topk)  # type: ignore[no-any-return]
     codes, scales = pages.planes
     q_THC, weight_TH, visible_T = q_THC.contiguous(), weight_TH.float().contiguous(), visible_T.contiguous()
-    table_BP, layout_B2 = pages.table_BP.contiguous(), torch.tensor(layout)
+    table_BP = pages.table_BP.contiguous()
+    layout_B2 = (ctypes.c_int64 * (2 * len(layout)))(*itertools.chain.from_iterable(layout))
     score_TK, index_TK = q_THC.new_empty(T, K), visible_T.new_empty(T, K)
     native.library().index_topk(
         q_THC.data_ptr(), codes.data_ptr(), scales.data_ptr(), codes.stride(0), scales.stride(0), table_BP.data_ptr(),
-        table_BP.shape[1], weight_TH.data_ptr(), visible_T.data_ptr(), layout_B2.data_ptr(), len(layout), H, C, N, K,
+        table_BP.shape[1], weight_TH.data_ptr(), visible_T.data_ptr(), layout_B2, len(layout), H, C, N, K,
         score_TK.data_ptr(), index_TK.data_ptr(), native.threads(),
     )  # fmt: skip
     return score_TK, index_TK

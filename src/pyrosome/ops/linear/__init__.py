@@ -60,6 +60,13 @@ def grouped_linear(x_TGK: Tensor, weight_NK: Tensor | QuantTensor) -> Tensor:
     return out_GTO.transpose(0, 1).to(x_TGK.dtype)
 
 
+@Op
+def scaled(x: Tensor, factor: float) -> Tensor:
+    """x times a number."""
+    return x * factor
+
+
+native.kernel(scaled)
 native.kernel(linear)
 native.kernel(linears)
 native.kernel(grouped_linear)

@@ -36,7 +36,6 @@ void tile(const float* const* x, const typename R::Element* rows, float* const* 
         F16 wide[NR];
         UNROLL for (int j = 0; j < NR; ++j) {
             wide[j] = R::at(w[j] + k);
-            if (MR == 1) __builtin_prefetch(reinterpret_cast<const char*>(w[j] + k) + 2048);
         }
         UNROLL for (int i = 0; i < MR; ++i) {
             const F16 in = load(from[i] + k);
@@ -68,6 +67,8 @@ void cover(const float* const* x, const typename R::Element* w, float* const* y,
         const int64_t m1 = std::min(M, m0 + rows);
         int64_t n = n0;
         const typename R::Element* at = w;
+        if (m1 - m0 == 1)  // one stream: memory is what takes time
+            for (; n < n1; ++n, at += K) tile<R, 1, 1>(x + m0, at, y + m0, n, K);
         for (; n + NB <= n1; n += NB, at += NB * K) {
             int64_t m = m0;
             for (; m + MB <= m1; m += MB) tile<R, MB, NB>(x + m, at, y + m, n, K);
@@ -145,6 +146,10 @@ EXPORT void pyrosome_linear(const float* x, int64_t ldx, int64_t M, const Produc
             dot_rows(from, w, y, M, n0, n1);
         }
     });
+}
+
+EXPORT void pyrosome_scale(const float* x, float* out, int64_t count, float factor) {
+    for (int64_t i = 0; i < count; i += LANES) store_part(out + i, load_part(x + i, count - i) * set1(factor), count - i);
 }
 
 // G products of one shape: group g takes columns g K.. of x [M, G K] and matrix g of a stack, and writes columns g N.. of

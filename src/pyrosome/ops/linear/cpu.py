@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from pyrosome.ops import linear as ops
@@ -65,3 +66,11 @@ def grouped_linear(x_TGK: Tensor, weight_NK: Tensor | QuantTensor) -> Tensor:
     native.library().grouped_linear(x_TGK.data_ptr(), G * K, T, at, G, y.data_ptr(), native.threads())
     del held
     return y
+
+
+def scaled(x: Tensor, factor: float) -> Tensor:
+    """As the definition, for float32 x."""
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    native.library().scale(x.data_ptr(), out.data_ptr(), x.numel(), factor)
+    return out

@@ -18,10 +18,11 @@ EXPORT void pyrosome_store_rows(const float* x, const int64_t* place, int64_t M,
     }
 }
 
-// x [M, C] as its stored form would give it back, in place.
-EXPORT void pyrosome_round_trip(float* x, int64_t M, int64_t C, int kind, int64_t nope) {
+// out = x [M, C] as its stored form would give it back.
+EXPORT void pyrosome_round_trip(const float* x, float* out, int64_t M, int64_t C, int kind, int64_t nope) {
+    std::memcpy(out, x, M * C * sizeof(float));
     for (int64_t m = 0; m < M; ++m) {
-        float* row = x + m * C;
+        float* row = out + m * C;
         if (kind == 3) {
             round_fp4_groups(row, C);
         } else if (kind) {

@@ -33,9 +33,9 @@ def as_stored(rows: Tensor, row_format: RowFormat) -> Tensor:
         return rows
     if kind is None:
         return ops.as_stored.definition(rows, row_format)  # type: ignore[no-any-return]
-    out = rows.clone(memory_format=torch.contiguous_format)
-    C = rows.shape[-1]
-    native.library().round_trip(out.data_ptr(), out.numel() // C, C, kind, nope)
+    rows, C = rows.contiguous(), rows.shape[-1]
+    out = torch.empty_like(rows)
+    native.library().round_trip(rows.data_ptr(), out.data_ptr(), out.numel() // C, C, kind, nope)
     return out
 
 

@@ -1,0 +1,203 @@
+"""Decode steps captured once and run again: the trunk's layers as a list of native calls, no Python between them.
+
+A step of single tokens calls the same kernels with the same shapes every time.  Its second occurrence is captured:
+every call of the native library that the layers make, with the memory they work in kept; what they read of the step
+(ids, positions, where rows lie and go) is read from buffers.  A later step of the same shape fills the buffers and
+makes the calls.  Bits are those of the step run plainly, since they are the same calls on the same values.
+Nothing is captured that does not run wholly by native kernels: an operation of torch that computes is noticed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pyrosome.cache.pool import CachePool
+from pyrosome.errors import EngineError
+from pyrosome.model.deepseek_v4 import DeepseekV4, Rotations
+from pyrosome.model.step import Step
+from pyrosome.ops import native
+
+log = logging.getLogger(__name__)
+MOST_TOKENS = 64  # of a step that is captured
+MOST_KEPT = 48  # captures; the one not used for longest goes
+CONTEXT_GRAIN = 512  # tokens: the bound on contexts is rounded up, so that it is the same for many steps
+
+
+class Uncapturable(Exception):
+    """An operation that is no native call was met; its name is the argument."""
+
+
+class StepGraphs:
+    """Captured steps of one network over one pool."""
+
+    def __init__(self, model: DeepseekV4, pool: CachePool) -> None:
+        self.model, self.pool = model, pool
+        self.ratios = sorted({r for r in model.config.layer_ratios if r})
+        self.kept: OrderedDict[tuple[Any, ...], Graph | None] = OrderedDict()  # None: seen once, or not to be captured
+        self.refused: set[tuple[Any, ...]] = set()
+        self.num_run = 0
+        self._hooks = [hooks for m in model.modules() for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+
+    def context_of(self, step_context: int) -> int:
+        """The bound on positions to give a step of single tokens, so that many steps share it."""
+        return min(-(-step_context // CONTEXT_GRAIN) * CONTEXT_GRAIN, self.pool.max_context)
+
+    def run(self, step: Step) -> Tensor | None:
+        """The streams [T, J, D] after the last layer; None where the step is to be run plainly."""
+        if self.model.bank.mesh.size > 1:  # ranks talk to one another between calls
+            return None
+        if len(step.layout) > MOST_TOKENS or step.ids_T.shape[0] != len(step.layout) or self._is_watched():
+            return None
+        emits = tuple(step.num_emits(r) for r in self.ratios)
+        key = (len(step.layout), step.context, emits, native.threads(), native.level())
+        if key in self.refused:
+            return None
+        graph = self.kept.get(key)
+        if graph is not None:
+            self.kept.move_to_end(key)
+            self.num_run += 1
+            return graph.run(step)
+        if key not in self.kept:
+            self.kept[key] = None
+            return None
+        try:
+            graph, streams = capture(self.model, self.pool, step)
+        except Uncapturable as error:  # the step is run again, plainly: it writes the same rows to the same places
+            log.info("steps of %d tokens are not captured: %s computes", len(step.layout), error)
+            self.refused.add(key)
+            return None
+        self.kept[key] = graph
+        while len(self.kept) > MOST_KEPT:
+            self.kept.popitem(last=False)
+        return streams
+
+    def _is_watched(self) -> bool:
+        """Whether somebody hooked a module: hooks see a step that is run plainly, and no other."""
+        return any(self._hooks)
+
+
+@dataclasses.dataclass
+class Graph:
+    """One captured step: the calls, the buffers they read the step from, and all else they touch."""
+
+    model: DeepseekV4
+    calls: list[tuple[Callable[..., Any], tuple[Any, ...]]]
+    shadow: Step
+    turns: dict[int, Rotations]
+    first: Tensor  # streams before the first layer
+    last: Tensor
+    held: list[object]
+
+    def run(self, step: Step) -> Tensor:
+        """Fill the buffers and make the calls.
+
+        Raises:
+            EngineError: a kernel refused what it was given.
+        """
+        _fill(self.shadow, step)
+        for key, (buffers, about) in self.shadow.derived.items():
+            _copy(buffers, key[0](step, *about))
+        for ratio, turns in self.model.rotary(step, set(self.turns)).items():
+            _copy(self.turns[ratio], turns)
+        self.first.copy_(_first_streams(self.model, step))
+        for function, arguments in self.calls:
+            if function(*arguments):
+                raise EngineError(f"{function.__name__} refused a step that it had run before")
+        return self.last.clone()
+
+
+def capture(model: DeepseekV4, pool: CachePool, step: Step) -> tuple[Graph, Tensor]:
+    """Run the trunk's layers over a step, and keep how.
+
+    Raises:
+        Uncapturable: an operation of torch computes; the step has to be run again.
+    """
+    layers = range(len(model.layers))
+    ratios = {model.config.layer_ratios[i] for i in layers}
+    # What layers derive from a step is derived before, where operations of torch may compute.
+    _derive_all(model, pool, step)
+    shadow = dataclasses.replace(
+        step,
+        derived={key: (_clone(value), about) for key, (value, about) in step.derived.items()},
+        **{name: getattr(step, name).clone() for name in _TENSORS},
+    )
+    turns = {r: _clone(t) for r, t in model.rotary(step, ratios).items()}
+    first = _first_streams(model, step).clone()
+    known = set(shadow.derived)
+    with native.recording() as recorder, _Watch() as watch:
+        cache, streams, scores = pool.layers(shadow), first, []  # type: ignore[var-annotated]
+        for i in layers:
+            block = model.layers[i]
+            streams = block(streams, shadow, turns[block.ratio], cache[i], model.bank, scores)  # type: ignore[index]
+    if set(shadow.derived) != known:
+        raise Uncapturable("something of the step that was not foreseen")
+    graph = Graph(model, recorder.calls, shadow, turns, first, streams, watch.held)
+    return graph, streams.clone()
+
+
+_TENSORS = ("ids_T", "position_T", "span_T", "slot_B", "start_B", "stop_B", "floor_B")
+
+
+def _derive_all(model: DeepseekV4, pool: CachePool, step: Step) -> None:
+    """Everything that the layers will ask of the step."""
+    for i, cache in enumerate(pool.layers(step)):
+        block = model.layers[i]
+        cache.foresee(block.ratio)  # type: ignore[attr-defined]
+        step.window_index(block.attn.window, cache.ring_rows)  # type: ignore[union-attr,arg-type]
+        if block.ratio:
+            step.emit(block.ratio)  # type: ignore[arg-type]
+            step.visible_T(block.ratio) if block.attn.ratio == 4 else step.all_rows(block.ratio)  # type: ignore
+        if block.ffn.gate.hashed:  # type: ignore[union-attr]
+            step.picked(block.ffn.gate.tid2eid, "ids_T")  # type: ignore[union-attr,arg-type]
+
+
+def _first_streams(model: DeepseekV4, step: Step) -> Tensor:
+    return model.embed_ids(step.ids_T)[:, None].expand(-1, model.config.hc_mult, -1)
+
+
+def _fill(shadow: Step, step: Step) -> None:
+    for name in _TENSORS:
+        getattr(shadow, name).copy_(getattr(step, name))
+
+
+def _clone(value: Any) -> Any:
+    if value is None or isinstance(value, Tensor):
+        return value if value is None else value.clone()
+    parts = [_clone(x) for x in value]
+    return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+
+
+def _copy(buffers: Any, values: Any) -> None:
+    if isinstance(buffers, Tensor):
+        buffers.copy_(values)
+    elif buffers is not None:
+        for buffer, value in zip(buffers, values, strict=True):
+            _copy(buffer, value)
+
+
+class _Watch(TorchDispatchMode):
+    """Keeps every tensor that is made, and lets nothing pass that computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held: list[object] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        made = [x for x in (out if isinstance(out, (tuple, list)) else [out]) if isinstance(x, Tensor)]
+        if func.overloadpacket.__name__ not in _MEMORY:
+            given = {x.untyped_storage().data_ptr() for x in args if isinstance(x, Tensor)}
+            if func._schema.is_mutable or any(x.untyped_storage().data_ptr() not in given for x in made):
+                raise Uncapturable(str(func))
+        self.held += made
+        return out
+
+
+_MEMORY = {"empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided"}
