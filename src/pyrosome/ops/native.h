@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <functional>
 
-#include "lanes.h"
+#include "codes.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
