@@ -25,7 +25,7 @@ def main(
     model = pyrosome.load_model(checkpoint, numerics="exact")  # as the other side computes: for what is said
     ids = [t % model.config.vocab_size for t in measure.prompt(most * length)]
     tokens = run(model.engine(options), ids, most, length, num_tokens, "exact")
-    model = pyrosome.load_model(checkpoint)  # as the package runs: for how fast
+    model = pyrosome.load_model(checkpoint, numerics="trained")  # as `LLM` runs: for how fast
     engine = model.engine(options)
     run(engine, ids, 1, length, 2, "warm")
     seconds: dict[int, list[float]] = {count: [] for count in counts}
