@@ -17,7 +17,7 @@ from pyrosome.errors import CheckpointError
 KVFormat = Literal["f32", "bf16", "fp8"]
 KV_FORMATS: tuple[KVFormat, ...] = ("f32", "bf16", "fp8")
 
-PAGE_ROWS = 64  # rows of one page of one history stream; `ops.rows` has the kernels' copy
+PAGE_ROWS = 64  # rows of one page of one history stream; kernels that read pages have the number too
 FP8_GROUP, FP4_GROUP = 64, 32  # channels that share a scale in a stored row
 
 

@@ -36,9 +36,8 @@ class StepLike(Protocol):
     def ring_place(self, ring_rows: int) -> tuple[Tensor, Tensor]: ...
     def flat_place(self, ring_rows: int) -> Tensor: ...
     def emit(self, ratio: int) -> Emit: ...
-    def num_emits(self, ratio: int) -> int: ...
     def picked(self, table: Tensor, by: str) -> Tensor: ...
-    def page_place(self, table_SP: Tensor, ratio: int, page_rows: int) -> Tensor: ...
+    def page_place(self, table_SP: Tensor, ratio: int) -> Tensor: ...
 
 
 class LayerCache(Protocol):
@@ -135,16 +134,6 @@ class PooledLayer:
     def keep_window(self, rows_TC: Tensor) -> None:
         store_rows(rows_TC, _flat(self._window), self._format, self.step.flat_place(self.ring_rows))
 
-    def foresee(self, ratio: int) -> None:
-        """Have the step derive all that this layer's streams will ask of it."""
-        self.step.flat_place(self.ring_rows)
-        for kv_SRE, _ in self._tails.values():
-            self.step.flat_place(kv_SRE.shape[1])
-        for _, _, table_SP in self._histories.values():
-            self.step.picked(table_SP, "slot_B")
-            if self.step.num_emits(ratio):
-                self.step.page_place(table_SP, ratio, PAGE_ROWS)
-
     def tail(self, name: str, like_TE: Tensor) -> tuple[Tensor, Tensor]:
         kv_SRE, gate_SRE = self._tails[name]
         return kv_SRE, gate_SRE
@@ -152,13 +141,15 @@ class PooledLayer:
     def keep_tail(self, name: str, kv_TE: Tensor, gate_TE: Tensor) -> None:
         kv_SRE, gate_SRE = self._tails[name]
         place_T = self.step.flat_place(kv_SRE.shape[1])
-        store_rows(kv_TE, (kv_SRE.view(-1, kv_SRE.shape[-1]),), TAIL_ROWS, place_T)
-        store_rows(gate_TE, (gate_SRE.view(-1, gate_SRE.shape[-1]),), TAIL_ROWS, place_T)
+        store_rows(kv_TE, _flat((kv_SRE,)), TAIL_ROWS, place_T)
+        store_rows(gate_TE, _flat((gate_SRE,)), TAIL_ROWS, place_T)
 
     def history(self, name: str, rows_MC: Tensor, emit: Emit, ratio: int) -> RowSource:
         planes, row_format, table_SP = self._histories[name]
         if rows_MC.shape[0]:
-            store_rows(rows_MC, planes, row_format, place_of(emit, table_SP, self.step, ratio))
+            is_own = emit is self.step.emit(ratio)  # as nearly always: then layers share the answer
+            place_M = self.step.page_place(table_SP, ratio) if is_own else place_of(emit, table_SP, ratio)
+            store_rows(rows_MC, planes, row_format, place_M)
         return PagedRows(planes, row_format, self.step.picked(table_SP, "slot_B"), self.step, ratio)
 
 
@@ -182,10 +173,11 @@ class WindowRows(UnitedRows):
         return UnitedRows(ring_BRC, self.fresh_TC).rows_NC
 
 
-def place_of(emit: Emit, table_SP: Tensor, step: StepLike, ratio: int) -> Tensor:
-    """Where emitted rows are written in a pool's pages, int64 [M]."""
-    if emit is step.emit(ratio):  # the step's own, as nearly always: layers share the answer
-        return step.page_place(table_SP, ratio, PAGE_ROWS)
+def place_of(emit: Emit, table_SP: Tensor, ratio: int) -> Tensor:
+    """Where emitted rows are written in a pool's pages, int64 [M]: page x rows of a page + row.
+
+    The spare page's last row takes what is not to be kept; its first stays zero and stands for "nothing".
+    """
     row_M = emit.end // ratio
     page_M = table_SP[emit.slot, (row_M // PAGE_ROWS).clamp(min=0)]
     return torch.where(emit.end >= 0, page_M * PAGE_ROWS + row_M % PAGE_ROWS, PAGE_ROWS - 1)

@@ -40,7 +40,7 @@ class StepGraphs:
     def __init__(self, model: DeepseekV4, pool: CachePool) -> None:
         self.model, self.pool = model, pool
         self.ratios = sorted({r for r in model.config.layer_ratios if r})
-        self.kept: OrderedDict[tuple[Any, ...], Graph | None] = OrderedDict()  # None: seen once, or not to be captured
+        self.kept: OrderedDict[tuple[Any, ...], Graph | Step] = OrderedDict()  # a step: seen once, and run plainly
         self.refused: set[tuple[Any, ...]] = set()
         self.num_run = 0
         self._hooks = [hooks for m in model.modules() for hooks in (m._forward_hooks, m._forward_pre_hooks)]
@@ -59,24 +59,29 @@ class StepGraphs:
         key = (len(step.layout), step.context, emits, native.threads(), native.level())
         if key in self.refused:
             return None
-        graph = self.kept.get(key)
-        if graph is not None:
+        known = self.kept.get(key)
+        if isinstance(known, Graph):
             self.kept.move_to_end(key)
             self.num_run += 1
-            return graph.run(step)
-        if key not in self.kept:
-            self.kept[key] = None
+            return known.run(step)
+        if known is None:
+            self._keep(key, step)
             return None
         try:
-            graph, streams = capture(self.model, self.pool, step)
+            graph, streams = capture(self.model, self.pool, step, known)
         except Uncapturable as error:  # the step is run again, plainly: it writes the same rows to the same places
             log.info("steps of %d tokens are not captured: %s computes", len(step.layout), error)
             self.refused.add(key)
+            del self.kept[key]
             return None
-        self.kept[key] = graph
+        self._keep(key, graph)
+        return streams
+
+    def _keep(self, key: tuple[Any, ...], what: Graph | Step) -> None:
+        self.kept[key] = what
+        self.kept.move_to_end(key)
         while len(self.kept) > MOST_KEPT:
             self.kept.popitem(last=False)
-        return streams
 
     def _is_watched(self) -> bool:
         """Whether somebody hooked a module: hooks see a step that is run plainly, and no other."""
@@ -113,16 +118,15 @@ class Graph:
         return self.last.clone()
 
 
-def capture(model: DeepseekV4, pool: CachePool, step: Step) -> tuple[Graph, Tensor]:
-    """Run the trunk's layers over a step, and keep how.
+def capture(model: DeepseekV4, pool: CachePool, step: Step, seen: Step) -> tuple[Graph, Tensor]:
+    """Run the trunk's layers over a step, and keep how; `seen` is one of its shape that was run plainly.
 
     Raises:
         Uncapturable: an operation of torch computes; the step has to be run again.
     """
     layers = range(len(model.layers))
     ratios = {model.config.layer_ratios[i] for i in layers}
-    # What layers derive from a step is derived before, where operations of torch may compute.
-    _derive_all(model, pool, step)
+    step.derive_like(seen)  # before: there operations of torch may compute
     shadow = dataclasses.replace(
         step,
         derived={key: (_clone(value), about) for key, (value, about) in step.derived.items()},
@@ -143,19 +147,6 @@ def capture(model: DeepseekV4, pool: CachePool, step: Step) -> tuple[Graph, Tens
 
 
 _TENSORS = ("ids_T", "position_T", "span_T", "slot_B", "start_B", "stop_B", "floor_B")
-
-
-def _derive_all(model: DeepseekV4, pool: CachePool, step: Step) -> None:
-    """Everything that the layers will ask of the step."""
-    for i, cache in enumerate(pool.layers(step)):
-        block = model.layers[i]
-        cache.foresee(block.ratio)  # type: ignore[attr-defined]
-        step.window_index(block.attn.window, cache.ring_rows)  # type: ignore[union-attr,arg-type]
-        if block.ratio:
-            step.emit(block.ratio)  # type: ignore[arg-type]
-            step.visible_T(block.ratio) if block.attn.ratio == 4 else step.all_rows(block.ratio)  # type: ignore
-        if block.ffn.gate.hashed:  # type: ignore[union-attr]
-            step.picked(block.ffn.gate.tid2eid, "ids_T")  # type: ignore[union-attr,arg-type]
 
 
 def _first_streams(model: DeepseekV4, step: Step) -> Tensor:

@@ -114,7 +114,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, ratio: int, numerics: Numerics) -> None:
         super().__init__()
         self.ratio, self.numerics, self.window = ratio, numerics, config.sliding_window
-        self.heads, self.width, self.nope = config.num_attention_heads, config.head_dim, config.nope_dim
+        self.heads, self.width = config.num_attention_heads, config.head_dim
         self.groups, self.eps = config.o_groups, config.rms_norm_eps
         D, inner = config.hidden_size, config.num_attention_heads * config.head_dim
         self.wq_a = Linear(config.q_lora_rank, D)

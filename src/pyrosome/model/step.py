@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pyrosome.cache.views import place_of
 from pyrosome.ops.compress import Emit
 
 
@@ -187,21 +188,20 @@ class Step:
     def _picked(self, table: Tensor, by: str) -> Tensor:
         return table[getattr(self, by)]
 
-    def page_place(self, table_SP: Tensor, ratio: int, page_rows: int) -> Tensor:
-        """Where in a pool's pages each emitted row is written, int64 [M]: page x page_rows + row.
+    def page_place(self, table_SP: Tensor, ratio: int) -> Tensor:
+        """Where in a pool's pages each emitted row is written, int64 [M] (`cache.views.place_of`)."""
+        return self._once(Step._page_place, table_SP, ratio)
 
-        The spare page's last row takes what is not to be kept; its first stays zero and stands for "nothing".
-        """
-        return self._once(Step._page_place, table_SP, ratio, page_rows)
-
-    def _page_place(self, table_SP: Tensor, ratio: int, page_rows: int) -> Tensor:
-        emit = self.emit(ratio)
-        row_M = emit.end // ratio
-        page_M = table_SP[emit.slot, (row_M // page_rows).clamp(min=0)]
-        return torch.where(emit.end >= 0, page_M * page_rows + row_M % page_rows, page_rows - 1)
+    def _page_place(self, table_SP: Tensor, ratio: int) -> Tensor:
+        return place_of(self.emit(ratio), table_SP, ratio)
 
     def _visible(self, ratio: int) -> Tensor:
         return (self.position_T + 1) // ratio
+
+    def derive_like(self, other: Step) -> None:
+        """Derive from this step all that was derived from another."""
+        for (make, *_), (_, about) in other.derived.items():
+            self._once(make, *about)
 
     def _once(self, make, *about):  # type: ignore[no-untyped-def]
         """Layers share what depends on the step alone.  `derived` has it all, by what made it and about what."""

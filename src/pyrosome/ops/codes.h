@@ -38,14 +38,6 @@ LANE float bf16_value(uint16_t b) {
     return f;
 }
 
-// A pair of bfloat16 values given as the upper halves of two floats' bits.
-LANE uint32_t pair_of(float first_value, float second_value) {
-    uint32_t a, b;
-    std::memcpy(&a, &first_value, 4);
-    std::memcpy(&b, &second_value, 4);
-    return (a & 0xFFFF0000u) | b >> 16;
-}
-
 // 2^(byte - 127), byte 0 included; 255 is refused where weights come in.
 LANE F16 e8m0_lanes(const uint8_t* p) { return as_float(max(shl<23>(iload_bytes(p)), iset1(0x00400000))); }
 LANE float e8m0_value(uint8_t byte) {

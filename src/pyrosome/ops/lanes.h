@@ -183,14 +183,6 @@ LANE float fold(F16 a) {
 #endif
 }
 
-LANE float fold_max(F16 a) {
-    float l[16];
-    store(l, a);
-    for (int w = 8; w; w /= 2)
-        for (int i = 0; i < w; ++i) l[i] = l[i] > l[i + w] ? l[i] : l[i + w];
-    return l[0];
-}
-
 // ---------------------------------------------------------------- 32-bit integers
 LANE I16 as_int(F16 a) {
 #if PYROSOME_LEVEL == 2

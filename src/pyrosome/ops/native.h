@@ -13,6 +13,21 @@ int worth(int64_t operations, int threads);
 // Runs part(i) for i in [0, parts) on up to `threads` threads of one pool; the caller takes a share.
 void parallel(int64_t parts, int threads, const std::function<void(int64_t)>& part);
 
+// Runs range(m0, m1) over strips of [0, M), one for each thread that `operations` in all are worth.
+template <class F>
+void each_range(int64_t M, int64_t operations, int threads, F range) {
+    const int64_t strips = std::min<int64_t>(worth(operations, threads), M);
+    parallel(strips, static_cast<int>(strips), [&](int64_t s) { range(M * s / strips, M * (s + 1) / strips); });
+}
+
+// Runs row(m) for every m of [0, M), shared out likewise.
+template <class F>
+void each_row(int64_t M, int64_t operations, int threads, F row) {
+    each_range(M, operations, threads, [&](int64_t m0, int64_t m1) {
+        for (int64_t m = m0; m < m1; ++m) row(m);
+    });
+}
+
 // Memory of this thread that lasts until the block that took it ends: kept for the next, so that no step allocates.
 class Scratch {
   public:

@@ -137,10 +137,7 @@ def library() -> ctypes.CDLL:
     """
     if _recorder is not None:
         return _recorder  # type: ignore[return-value]
-    found = _best() if _forced is None else _opened(_forced)
-    if isinstance(found, tuple):
-        return found[1]
-    raise OSError(found)
+    return _in_use()[1]
 
 
 def level() -> str:
@@ -149,9 +146,13 @@ def level() -> str:
     Raises:
         OSError: as `library`.
     """
+    return _in_use()[0]
+
+
+def _in_use() -> tuple[str, ctypes.CDLL]:
     found = _best() if _forced is None else _opened(_forced)
     if isinstance(found, tuple):
-        return found[0]
+        return found
     raise OSError(found)
 
 

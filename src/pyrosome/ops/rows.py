@@ -12,8 +12,6 @@ from torch import Tensor
 
 from pyrosome.quant.rows import RowFormat
 
-PAGE_ROWS = 64  # rows of one page of one history stream
-
 
 class RowSource(Protocol):
     """Remembered rows of one stream, as seen by one step.  A kernel may know a source's storage; a definition asks."""
@@ -36,7 +34,7 @@ NARROW = ("bf16", "fp8")
 
 
 class Pages(NamedTuple):
-    """Rows in pages of `PAGE_ROWS` places each, as a kernel that knows how they are stored reads them."""
+    """Rows in pages of `cache.streams.PAGE_ROWS` places each, as a kernel that knows how they are stored reads them."""
 
     planes: tuple[Tensor, ...]  # [places, bytes or elements]
     row_format: RowFormat

@@ -280,10 +280,7 @@ void prepare_row(const float* x, int64_t K, bool rounds, Inputs to, int64_t m) {
 }
 
 void prepare_rows(const float* x, int64_t ldx, int64_t M, int64_t K, bool rounds, Inputs to, int threads) {
-    const int64_t strips = std::min<int64_t>(worth(8 * M * K, threads), M);
-    parallel(strips, static_cast<int>(strips), [&](int64_t s) {
-        for (int64_t m = M * s / strips; m < M * (s + 1) / strips; ++m) prepare_row(x + m * ldx, K, rounds, to, m);
-    });
+    each_row(M, 8 * M * K, threads, [&](int64_t m) { prepare_row(x + m * ldx, K, rounds, to, m); });
 }
 
 EXPORT int64_t pyrosome_tiled_bytes(int64_t format, int64_t N, int64_t K) { return tiled_bytes(format, N, K); }

@@ -26,7 +26,7 @@ def compress(
     width: int,
 ) -> Tensor:
     """As the definition, for float32 kv."""
-    return _compress(kv_TE, gate_TE, tail_kv_SRE, tail_gate_SRE, bias_PE, emit, width, None, None, 0.0)
+    return compressed_rows(kv_TE, gate_TE, tail_kv_SRE, tail_gate_SRE, bias_PE, emit, width, None, None, 0.0)
 
 
 def compressed_rows(
@@ -37,33 +37,16 @@ def compressed_rows(
     bias_PE: Tensor,
     emit: Emit,
     width: int,
-    norm_D: Tensor,
-    rotation_MF: Tensor,
+    norm_D: Tensor | None,
+    rotation_MF: Tensor | None,
     eps: float,
     round_nope: Callable[[Tensor], Tensor] = unchanged,
 ) -> Tensor:
-    """As the definition, for float32 kv: in one call."""
+    """As the definition, for float32 kv: in one call; rows as they are pooled where there is no norm."""
     if round_nope not in (round_kv, unchanged):
         return ops.compressed_rows.definition(  # type: ignore[no-any-return]
             kv_TE, gate_TE, tail_kv_SRE, tail_gate_SRE, bias_PE, emit, width, norm_D, rotation_MF, eps, round_nope
         )
-    rounds = round_nope is round_kv
-    return _compress(kv_TE, gate_TE, tail_kv_SRE, tail_gate_SRE, bias_PE, emit, width, norm_D, rotation_MF, eps, rounds)
-
-
-def _compress(
-    kv_TE: Tensor,
-    gate_TE: Tensor,
-    tail_kv_SRE: Tensor,
-    tail_gate_SRE: Tensor,
-    bias_PE: Tensor,
-    emit: Emit,
-    width: int,
-    norm_D: Tensor | None,
-    rotation_MF: Tensor | None,
-    eps: float,
-    rounds: bool = False,
-) -> Tensor:
     (P, E), R, M = bias_PE.shape, tail_kv_SRE.shape[1], emit.end.shape[0]
     D = E * P // width
     rows_MD = kv_TE.new_empty(M, D)
@@ -77,6 +60,7 @@ def _compress(
     native.library().compress(
         kv_TE.data_ptr(), gate_TE.data_ptr(), tail_kv_SRE.data_ptr(), tail_gate_SRE.data_ptr(), bias_PE.data_ptr(),
         *(x.data_ptr() for x in held), rows_MD.data_ptr(), M, E, D, P, R, width, native.address(norm_D),
-        native.address(turn), 0 if rotation_MF is None else rotation_MF.shape[1], eps, rounds, native.threads(),
+        native.address(turn), 0 if rotation_MF is None else rotation_MF.shape[1], eps, round_nope is round_kv,
+        native.threads(),
     )  # fmt: skip
     return rows_MD

@@ -96,18 +96,14 @@ EXPORT void pyrosome_hyper_connection_in(const float* streams, const float* fn, 
                                          const float* norm, float* u, float* post, float* comb, int64_t T, int J, int64_t D,
                                          float norm_eps, float hc_eps, int iters, int threads) {
     const Half half{fn, scale, base, norm, norm_eps, hc_eps, iters};
-    const int64_t strips = std::min<int64_t>(worth(((2 + J) * J + 2) * T * J * D, threads), T);
-    parallel(strips, static_cast<int>(strips), [&](int64_t s) {
-        read_streams(streams, half, u, post, comb, T * s / strips, T * (s + 1) / strips, J, D);
-    });
+    each_range(T, ((2 + J) * J + 2) * T * J * D, threads,
+               [&](int64_t t0, int64_t t1) { read_streams(streams, half, u, post, comb, t0, t1, J, D); });
 }
 
 EXPORT void pyrosome_hyper_connection_out(const float* streams, const float* sub, const float* post, const float* comb,
                                           float* out, int64_t T, int J, int64_t D, int threads) {
-    const int64_t strips = std::min<int64_t>(worth(T * J * (J + 1) * D, threads), T);
-    parallel(strips, static_cast<int>(strips), [&](int64_t s) {
-        for (int64_t t = T * s / strips; t < T * (s + 1) / strips; ++t)
-            write_streams(streams + t * J * D, sub + t * D, post + t * J, comb + t * J * J, out + t * J * D, J, D);
+    each_row(T, T * J * (J + 1) * D, threads, [&](int64_t t) {
+        write_streams(streams + t * J * D, sub + t * D, post + t * J, comb + t * J * J, out + t * J * D, J, D);
     });
 }
 
@@ -117,9 +113,7 @@ EXPORT void pyrosome_hyper_connection_turn(const float* streams, const float* su
                                            const float* norm, float* u, float* new_post, float* new_comb, int64_t T, int J,
                                            int64_t D, float norm_eps, float hc_eps, int iters, int threads) {
     const Half half{fn, scale, base, norm, norm_eps, hc_eps, iters};
-    const int64_t strips = std::min<int64_t>(worth(((2 + J) * J + 2) * T * J * D, threads), T);
-    parallel(strips, static_cast<int>(strips), [&](int64_t s) {
-        const int64_t t0 = T * s / strips, t1 = T * (s + 1) / strips;
+    each_range(T, ((2 + J) * J + 2) * T * J * D, threads, [&](int64_t t0, int64_t t1) {
         for (int64_t t = t0; t < t1; ++t)
             write_streams(streams + t * J * D, sub + t * D, post + t * J, comb + t * J * J, out + t * J * D, J, D);
         read_streams(out, half, u, new_post, new_comb, t0, t1, J, D);

@@ -118,11 +118,7 @@ EXPORT void pyrosome_linear(const float* x, int64_t ldx, int64_t M, const Produc
     Scratch scratch;
     if (norm) {
         auto* normed = scratch.take<float>(M * K);
-        const int64_t strips = std::min<int64_t>(worth(4 * M * K, threads), M);
-        parallel(strips, static_cast<int>(strips), [&](int64_t s) {
-            for (int64_t m = M * s / strips; m < M * (s + 1) / strips; ++m)
-                rms_row(x + m * ldx, norm, normed + m * K, K, eps);
-        });
+        each_row(M, 4 * M * K, threads, [&](int64_t m) { rms_row(x + m * ldx, norm, normed + m * K, K, eps); });
         x = normed, ldx = K;
     }
     Inputs inputs{nullptr, M, !rounds};

@@ -11,23 +11,10 @@ EXPORT void pyrosome_rotation(const int64_t* position, const float* frequency, f
         }
 }
 
-namespace {
-
-// Runs row(i) for the rows of all T tokens, in strips of whole tokens.
-template <class R>
-void each_token(int64_t T, int64_t operations, int threads, R token) {
-    const int64_t strips = std::min<int64_t>(worth(operations, threads), T);
-    parallel(strips, static_cast<int>(strips), [&](int64_t s) {
-        for (int64_t t = T * s / strips; t < T * (s + 1) / strips; ++t) token(t);
-    });
-}
-
-}  // namespace
-
 // x [T, H, C]: the last 2 F channels of each vector turned by its token's angles, forwards (sign 1) or back (-1).
 EXPORT void pyrosome_rope(const float* x, const float* turn, float* out, int64_t T, int64_t H, int64_t C, int64_t F,
                           float sign, int threads) {
-    each_token(T, T * H * C, threads, [&](int64_t t) {
+    each_row(T, T * H * C, threads, [&](int64_t t) {
         for (int64_t h = 0; h < H; ++h) {
             float* to = out + (t * H + h) * C;
             std::memcpy(to, x + (t * H + h) * C, C * sizeof(float));
@@ -40,7 +27,7 @@ EXPORT void pyrosome_rope(const float* x, const float* turn, float* out, int64_t
 // turn are rounded to FP8 in groups of 64.
 EXPORT void pyrosome_norm_rope(const float* x, const float* weight, const float* turn, float* out, int64_t T, int64_t H,
                                int64_t C, int64_t F, float eps, int round_nope, int threads) {
-    each_token(T, 4 * T * H * C, threads, [&](int64_t t) {
+    each_row(T, 4 * T * H * C, threads, [&](int64_t t) {
         for (int64_t h = 0; h < H; ++h) {
             float* to = out + (t * H + h) * C;
             rms_row(x + (t * H + h) * C, weight, to, C, eps);
@@ -54,7 +41,7 @@ EXPORT void pyrosome_norm_rope(const float* x, const float* weight, const float*
 EXPORT void pyrosome_index_rows(const float* x, const float* turn, float* out, int64_t T, int64_t H, int64_t C, int64_t F,
                                 int rounds, int threads) {
     const float norm = static_cast<float>(std::pow(static_cast<double>(C), -0.5));
-    each_token(T, 16 * T * H * C, threads, [&](int64_t t) {
+    each_row(T, 16 * T * H * C, threads, [&](int64_t t) {
         for (int64_t h = 0; h < H; ++h) {
             float* to = out + (t * H + h) * C;
             std::memcpy(to, x + (t * H + h) * C, C * sizeof(float));

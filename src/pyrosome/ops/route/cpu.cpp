@@ -21,9 +21,7 @@ EXPORT void pyrosome_affinity(const float* x, float* out, int64_t count) {
 EXPORT void pyrosome_route(const float* x, int64_t T, const Weight* gate, const float* bias, const int64_t* given,
                            const int64_t* position, int64_t K, float scale, int64_t* expert, float* weight, int threads) {
     const int64_t E = gate->N, D = gate->K;
-    const int64_t strips = std::min<int64_t>(worth(T * E * (D + 64), threads), T);
-    parallel(strips, static_cast<int>(strips), [&](int64_t s) {
-        const int64_t t0 = T * s / strips, t1 = T * (s + 1) / strips;
+    each_range(T, T * E * (D + 64), threads, [&](int64_t t0, int64_t t1) {
         Scratch scratch;
         auto* score = scratch.take<float>((t1 - t0) * E);
         auto** from = scratch.take<const float*>(t1 - t0);
