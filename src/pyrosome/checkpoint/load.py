@@ -23,10 +23,10 @@ from pyrosome.checkpoint.index import CheckpointIndex
 from pyrosome.checkpoint.names import IGNORED, scale_name
 from pyrosome.errors import CheckpointError, MissingTensor, TruncatedFile, UnsupportedFormat
 from pyrosome.quant import QuantTensor, format_of
+from pyrosome.quant.e8m0 import E8M0_NAN
 from pyrosome.quant.formats import DTYPES
 
 Progress = Callable[[int, int, str], None]
-_E8M0_NAN = 255
 _PIECE = 1 << 20  # bytes asked for at once: of a larger request Linux reads only the beginning
 _WORTH_AHEAD = 1 << 26  # bytes; fewer are read before a thread would be of use
 
@@ -124,15 +124,24 @@ def _read(index: CheckpointIndex, name: str, mapped: dict[str, Tensor]) -> Tenso
             )
         return data
     scale = _view(scale_info, mapped)
-    bad = (scale.view(torch.uint8) == _E8M0_NAN).nonzero()
-    if len(bad):
-        raise CheckpointError(
-            f"{scale_name(name)} holds NaN (byte 255) at {tuple(bad[0].tolist())}, {len(bad)} in all; the file "
-            f"{scale_info.file.name} is damaged: download it again"
-        )
+    check_scale(scale_info, scale_name(name), scale)
     found = format_of(data, scale)
     assert found is not None  # a pair with a scale has a format, or format_of raised
     return QuantTensor(found.name, data, scale)
+
+
+def check_scale(info: TensorInfo, name: str, scale: Tensor) -> None:
+    """Refuse scales of which one is NaN.
+
+    Raises:
+        CheckpointError: says which, and how many.
+    """
+    bad = (scale.view(torch.uint8) == E8M0_NAN).nonzero()
+    if len(bad):
+        raise CheckpointError(
+            f"{name} holds NaN (byte 255) at {tuple(bad[0].tolist())}, {len(bad)} in all; the file {info.file.name} is "
+            "damaged: download it again"
+        )
 
 
 def _view(info: TensorInfo, mapped: dict[str, Tensor]) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pyrosome.checkpoint.headers import TensorInfo
 from pyrosome.checkpoint.index import CheckpointIndex
-from pyrosome.checkpoint.load import read_tensors
+from pyrosome.checkpoint.load import check_scale, read_tensors
 from pyrosome.checkpoint.names import scale_name
 from pyrosome.config import ModelConfig
 from pyrosome.errors import CheckpointError, RequestError, TruncatedFile, UnsupportedFormat
@@ -35,7 +35,6 @@ UNPACK_BYTES = 2 << 30
 
 Progress = Callable[[int, int, str], None]
 _EXPERT = re.compile(r"(.+)\.ffn\.experts\.(\d+)\.(w[123])\.weight")
-_E8M0_NAN = 255
 _HYPER_CONNECTION = re.compile(r"hc_(attn|ffn|head)_(fn|base|scale)$")
 
 
@@ -131,11 +130,7 @@ def _in_place(index: CheckpointIndex, names: Collection[str]) -> Iterator[tuple[
     # Checked through a mapping that goes when it is done, or what was read here would count as held by this process.
     for name, scale in read_tensors(index, [scale_name(n) for n in names]):
         assert isinstance(scale, Tensor)
-        if bad := int((scale.view(torch.uint8) == _E8M0_NAN).sum()):
-            raise CheckpointError(
-                f"{name} holds NaN (byte 255), {bad} in all; the file {index.tensors[name].file.name} is damaged: "
-                "download it again"
-            )
+        check_scale(index.tensors[name], name, scale)
     files: dict[Path, Tensor] = {}
     for name in names:
         data, scale = (_view(index.tensors[n], files) for n in (name, scale_name(name)))
