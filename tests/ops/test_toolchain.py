@@ -28,8 +28,8 @@ def home(tmp_path, monkeypatch):
     """A folder of few sources, quick to build, in place of the ops; its cache is its own too."""
     home = tmp_path / "ops"
     home.mkdir()
-    for name in ("native.cpp", "native.h", "lanes.h"):
-        shutil.copy(toolchain.HOME / name, home)
+    for path in (toolchain.HOME / "native.cpp", *toolchain.HOME.glob("*.h")):
+        shutil.copy(path, home)
     monkeypatch.setattr(toolchain, "HOME", home)
     monkeypatch.setattr(toolchain, "SHIPPED", home / "built")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
