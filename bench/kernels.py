@@ -82,7 +82,7 @@ def grouped(s: Size) -> Case:
     c = s.config
     G, N, K = c.o_groups, c.o_lora_rank, c.num_attention_heads * c.head_dim // c.o_groups
     held = [group[0] for group in copies([(quantized("fp8", G * N, K, seed=3), G)], s.cold_bytes)]
-    x = normal(1, G, K)
+    x = normal(1, G, K).bfloat16().float()  # as attention gives it
     return Case(lambda i: grouped_linear(x, held[i % len(held)]), bytes=native_bytes(held[0]))
 
 

@@ -135,6 +135,35 @@ def test_queries_in_codes_and_in_floats_meet_the_same_numbers():
     assert same(index_topk(*args._replace(q=odd, weight=weight)), index_topk(*args._replace(weight=weight)))
 
 
+@pytest.mark.parametrize("apart", [2.0**-3, 2.0**-8])
+def test_groups_of_a_head_may_be_far_apart(apart):
+    """Those near each other share a power of two; either way the sums of these are exact."""
+    args = case(heads=6, width=64, topk=700)
+    q = args.q.clone()
+    q[::2, :, 32:] *= apart
+    q[1::2, 3, :32] *= apart
+    args = args._replace(q=q)
+    assert same(index_topk(*args), index_topk.definition(*args))
+
+
+@pytest.mark.parametrize("weight", [2.0**-100, 2.0**-147, 2.0**100, float("inf"), float("nan")])
+def test_a_weight_may_have_any_size(weight):
+    """Scales of the query go into weights only where that loses nothing."""
+    args = case(heads=1, topk=2500, rows=600)
+    args = args._replace(weight=torch.full_like(args.weight, weight), visible=args.visible.clamp(min=600))
+    for ours, theirs in zip(index_topk(*args), index_topk.definition(*args), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("topk", [1, 40, 300])
+def test_scores_of_every_size_are_put_in_order(topk):
+    """Of both signs and eighty powers of two, with ties: what is chosen is cut out of them bit by bit."""
+    args, g = case(heads=1, topk=topk), torch.Generator().manual_seed(3)
+    keys = coarse(g, 3, 2500, 32) * 2.0 ** torch.randint(-40, 41, (3, 2500, 1), generator=g)
+    args = args._replace(keys=paged(keys, args.layout), weight=torch.where(args.weight < 0, -1.0, 1.0))
+    assert same(index_topk(*args), index_topk.definition(*args))
+
+
 @pytest.mark.parametrize("values", [0.0, 1.0])
 @pytest.mark.parametrize("topk", [1, 100, 512])
 def test_ties_go_to_the_lowest_index(values, topk):

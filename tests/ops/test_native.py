@@ -170,10 +170,13 @@ CASES = {
     "index_rows": (index_rows, lambda T: (
         noise(LARGEST, 3, 64)[:T], rotation(noise(9), torch.arange(LARGEST))[:T], round_index)),
     "index_rows of keys": (index_rows, lambda T: (noise(LARGEST, 64)[:T], None)),
+    "index_rows, narrow": (index_rows, lambda T: (noise(LARGEST, 3, 8)[:T], None)),
     "route": (route, lambda T: (
         noise(LARGEST, 40)[:T], noise(11, 40, seed=1), noise(11, seed=2), 4, 1.5, (torch.arange(LARGEST) % 7 - 1)[:T])),
     "route given": (route, lambda T: (
         noise(LARGEST, 40)[:T], noise(11, 40, seed=1), integers(11, LARGEST, 4)[:T], 4, 1.5, torch.arange(T))),
+    "route given, of many": (route, lambda T: (
+        noise(LARGEST, 40)[:T], noise(37, 40, seed=1), integers(37, LARGEST, 4)[:T], 4, 1.5, torch.arange(T))),
     "compressed_rows": (compressed_rows, lambda T: (
         noise(4 * LARGEST, 160), noise(4 * LARGEST, 160, seed=1), noise(2, 8, 160, seed=2), noise(2, 8, 160, seed=3),
         noise(4, 160, seed=4), Emit(*(x[:T] for x in emits(LARGEST))), 8, noise(80, seed=5),

@@ -105,9 +105,13 @@ def finish_attention(sink_H: Tensor, rotation_TF: Tensor, parts: list[tuple[Tens
 
 @Op
 def attention(q_THC: Tensor, parts: Sequence[tuple[RowSource, Tensor]], sink_H: Tensor, rotation_TF: Tensor) -> Tensor:
-    """Attention of q [T, H, C] over all parts (source, index [T, K]), with the sink and the rotation back."""
+    """Attention of q [T, H, C] over all parts (source, index [T, K]), with the sink and the rotation back.
+
+    Over narrow rows the result is rounded to bfloat16 too, as the official kernel's is.
+    """
     held = [sparse_attention(q_THC, source, index_TK) for source, index_TK in parts]
-    return finish_attention(sink_H, rotation_TF, held)  # type: ignore[no-any-return]
+    out_THC = finish_attention(sink_H, rotation_TF, held)
+    return _rounded(out_THC, all(source.format in NARROW for source, _ in parts))
 
 
 native.kernel(attention)

@@ -1,18 +1,23 @@
 // Attention over rows that bfloat16 holds exactly: products of bfloat16 pairs, a running softmax over splits of 128 keys
 // in order, the sink, and the rotation back, in one pass.
 //
-// Queries are rounded to bfloat16, and so are the softmax's weights, as the official kernel does.  Scores have heads
-// across lanes (one row serves all of them), outputs have channels.
+// Queries are rounded to bfloat16, and so are the softmax's weights and the result, as the official kernel does.  Scores have heads
+// across lanes (one row serves all of them), outputs have channels.  Neighbouring tokens of a span whose keys are the same,
+// or the same moved on by one, share their rows too: what a token does not see weighs nothing, which changes no bit.
 #include <limits>
 
+#include "../pairs.h"
 #include "../rows.h"
-#include "../tiles.h"
 
 namespace {
 
 constexpr int64_t SPLIT = 128;
 constexpr int64_t PAGE_ROWS = 64;
 constexpr int64_t AHEAD = 4;  // rows asked for before they are read
+constexpr int64_t BLOCK = 64;  // channels
+constexpr int64_t TOKENS = 8, SHARING = 128;  // tokens that share rows, and their heads in all, at most
+constexpr int64_t KEYS = SPLIT + TOKENS - 1;  // of a split that they share
+constexpr int64_t PAIRS = (KEYS + 31) / 32 * 16;
 constexpr int64_t SEGMENT = 64;  // pairs of channels whose products are summed before they are added to a score
 
 // Where one part of the keys is read, and which: index [T, K], -1 for none.
@@ -95,7 +100,21 @@ LANE void transpose(const uint32_t* from, int64_t ld, uint32_t* to, int64_t ldto
 #endif
 }
 
-// One token, `heads` of its heads from h0 on; lanes = heads rounded up to whole tiles of 32 or 64.
+// Tokens t0 .. t0 + tokens - 1 with heads h0 .. h0 + heads - 1 of each: a lane for each head of each token.
+struct Group {
+    int64_t t0, tokens, h0, heads;
+    int64_t lanes() const { return (tokens * heads + LANES - 1) / LANES * LANES; }
+};
+
+// Keys that the tokens of a group read together: token g sees places first[g] .. last[g] of the list.
+struct List {
+    int64_t* index;  // -1 for none
+    int64_t count = 0;
+    int64_t first[TOKENS], last[TOKENS];
+    int64_t split;   // as many as are one split of each token
+    bool sees(int64_t g, int64_t place) const { return place >= first[g] && place < last[g]; }
+};
+
 struct Work {
     int64_t H, C, F;
     int64_t W;  // C rounded up to a multiple of 32, zeros past C
@@ -104,110 +123,193 @@ struct Work {
     int64_t parts;
     const float* sink;
 
-    void run(int64_t t, int64_t h0, int64_t heads, int64_t lanes, const float* q, const float* turn, float* out) const {
+    // What a group is computed in.
+    struct State {
+        uint32_t* query;   // [pair of channels][lane]
+        uint16_t* rows;    // [key][channel]
+        int64_t* place;    // of each key in a list
+        uint32_t* values;  // [pair of keys][channel], of a block of channels
+        float* score;      // [key][lane]
+        uint32_t* weight;  // [pair of keys][lane], then turned: [lane][pair of keys]
+        uint32_t* turned;
+        float *o, *top, *mass;  // [lane][channel], [lane], [lane]
+    };
+
+    void run(const Group& group, const float* q, const float* turn, float* out) const {
         Scratch scratch;
-        const int64_t words = W / 2, strips = lanes / STRIP;
-        auto* query = scratch.take<uint32_t>(words * lanes);  // [pair of channels][head]
-        auto* rows = scratch.take<uint16_t>((SPLIT + 1) * W);
-        auto* values = scratch.take<uint32_t>(SPLIT / 2 * TILE);  // [pair of keys][channel], of a block of channels
-        auto* score = scratch.take<float>(SPLIT * lanes);      // [key][head]
-        auto* weight = scratch.take<uint32_t>(lanes * SPLIT / 2);   // [pair of keys][head], then turned
-        auto* turned = scratch.take<uint32_t>(lanes * SPLIT / 2);   // [head][pair of keys]
-        auto* o = scratch.take<float>(lanes * W);
-        auto* top = scratch.take<float>(lanes);
-        auto* mass = scratch.take<float>(lanes);
-        std::fill(o, o + lanes * W, 0.0f);
-        std::fill(top, top + lanes, -std::numeric_limits<float>::infinity());
-        std::fill(mass, mass + lanes, 0.0f);
-        load_query(q + (t * H + h0) * C, heads, lanes, query, o);
-        std::fill(o, o + lanes * W, 0.0f);
-        if (W > C) std::fill(rows, rows + (SPLIT + 1) * W, static_cast<uint16_t>(0));
+        const int64_t lanes = group.lanes(), words = W / 2;
+        State s;
+        s.query = scratch.take<uint32_t>(words * lanes);
+        s.rows = scratch.take<uint16_t>((KEYS + 1) * W), s.place = scratch.take<int64_t>(KEYS);
+        s.values = scratch.take<uint32_t>(PAIRS * BLOCK), s.score = scratch.take<float>(KEYS * lanes);
+        s.weight = scratch.take<uint32_t>(PAIRS * lanes), s.turned = scratch.take<uint32_t>(PAIRS * lanes);
+        s.o = scratch.take<float>(lanes * W), s.top = scratch.take<float>(lanes), s.mass = scratch.take<float>(lanes);
+        std::fill(s.top, s.top + lanes, -std::numeric_limits<float>::infinity());
+        std::fill(s.mass, s.mass + lanes, 0.0f);
+        load_query(group, q, s.query, s.o);
+        std::fill(s.o, s.o + lanes * W, 0.0f);
+        if (W > C) std::fill(s.rows, s.rows + (KEYS + 1) * W, static_cast<uint16_t>(0));
         for (int64_t p = 0; p < parts; ++p) {
-            const Source& s = source[p];
-            const int64_t* index = s.index + t * s.K;
-            for (int64_t k0 = 0; k0 < s.K; k0 += SPLIT) {
-                int64_t n = 0;
-                const int64_t k1 = std::min(s.K, k0 + SPLIT);
-                for (int64_t k = k0; k < k1; ++k) {
-                    if (k + AHEAD < s.K && index[k + AHEAD] >= 0) s.ask(t, index[k + AHEAD]);
-                    if (index[k] >= 0) s.read(t, index[k], C, rows + n++ * W);
-                }
-                if (!n) continue;
-                std::fill(score, score + n * lanes, 0.0f);
-                for (int64_t w = 0; w < words; w += SEGMENT)  // the queries of a segment stay in a core's first cache
-                    multiply_pairs(reinterpret_cast<const uint32_t*>(rows) + w, words, query + w * lanes,
-                                   std::min(SEGMENT, words - w), score, lanes, n, strips);
-                softmax(score, n, lanes, top, mass, weight, o);
-                if (n % 2) std::fill(rows + n * W, rows + (n + 1) * W, static_cast<uint16_t>(0));
-                const int64_t pairs = (n + 1) / 2;
-                for (int64_t i = 0; i < (pairs + 15) / 16 * 16; i += 16)
-                    for (int64_t h = 0; h < lanes; h += 16)
-                        transpose(weight + i * lanes + h, lanes, turned + h * (SPLIT / 2) + i, SPLIT / 2);
-                for (int64_t c = 0; c < W; c += TILE) {
-                    const int64_t wide = std::min(TILE, W - c), block = wide > 32 ? 64 : 32;
-                    for (int64_t i = 0; i < pairs; ++i)
-                        interleave(rows + 2 * i * W + c, rows + (2 * i + 1) * W + c, block, values + i * block);
-                    multiply_pairs(turned, SPLIT / 2, values, pairs, o + c, W, heads, block / STRIP);
-                }
+            Scratch own;
+            List list;
+            if (group.tokens > 1 && shared(source[p], group, s.rows, list, own)) {
+                together(source[p], group, list, s);
+            } else {
+                for (int64_t g = 0; g < group.tokens; ++g) alone(source[p], group, g, s);
             }
         }
-        finish(h0, heads, top, mass, o, turn + t * F * 2, out + (t * H + h0) * C);
+        finish(group, s, turn, out);
+    }
+
+    // Whether the tokens of a group may read a source together, and what: lists that are the same, each moved on by one,
+    // or the beginning of the last one.  `row` is room for one.
+    bool shared(const Source& source, const Group& group, uint16_t* row, List& list, Scratch& scratch) const {
+        const int64_t K = source.K, n = group.tokens, *index = source.index + group.t0 * K;
+        if (source.kind == 0)
+            for (int64_t g = 1; g < n; ++g)
+                if (source.span[group.t0 + g] != source.span[group.t0]) return false;
+        list.index = scratch.take<int64_t>(K + n);
+        bool moves = K <= SPLIT && K > 1, stays = K > 0;
+        for (int64_t g = 1; g < n && moves; ++g) moves = std::equal(index + g * K, index + (g + 1) * K - 1, index + (g - 1) * K + 1);
+        if (moves) {
+            std::copy(index, index + K, list.index);
+            for (int64_t g = 1; g < n; ++g) list.index[K + g - 1] = index[(g + 1) * K - 1];
+            for (int64_t g = 0; g < n; ++g) list.first[g] = g, list.last[g] = g + K;
+            list.count = list.split = K + n - 1;
+        } else {
+            const int64_t* longest = index + (n - 1) * K;
+            for (int64_t g = 0; g < n && stays; ++g) {
+                const int64_t* end = std::find_if(index + g * K, index + (g + 1) * K, [](int64_t i) { return i < 0; });
+                list.first[g] = 0, list.last[g] = end - (index + g * K);
+                stays = std::all_of(end, index + (g + 1) * K, [](int64_t i) { return i < 0; }) &&
+                        std::equal(index + g * K, end, longest);
+            }
+            if (!stays) return false;
+            std::copy(longest, longest + K, list.index);
+            list.count = list.last[n - 1], list.split = SPLIT;
+        }
+        // A weight of zero takes away every row but one that is not finite.
+        const int64_t from = *std::max_element(list.first, list.first + n), to = *std::min_element(list.last, list.last + n);
+        for (int64_t j = 0; j < list.count; ++j) {
+            if ((j >= from && j < to) || list.index[j] < 0) continue;
+            source.read(group.t0, list.index[j], C, row);
+            if (std::any_of(row, row + C, [](uint16_t v) { return (v & 0x7F80) == 0x7F80; })) return false;
+        }
+        return true;
+    }
+
+    void together(const Source& source, const Group& group, const List& list, const State& s) const {
+        for (int64_t j0 = 0; j0 < list.count; j0 += list.split) {
+            int64_t n = 0;
+            for (int64_t j = j0; j < std::min(list.count, j0 + list.split); ++j) {
+                if (list.index[j] < 0) continue;
+                source.read(group.t0, list.index[j], C, s.rows + n * W);
+                s.place[n++] = j;
+            }
+            if (n) fold_in(group, 0, group.tokens, n, &list, s);
+        }
+    }
+
+    void alone(const Source& source, const Group& group, int64_t g, const State& s) const {
+        const int64_t t = group.t0 + g, K = source.K, *index = source.index + t * K;
+        for (int64_t k0 = 0; k0 < K; k0 += SPLIT) {
+            int64_t n = 0;
+            for (int64_t k = k0; k < std::min(K, k0 + SPLIT); ++k) {
+                if (k + AHEAD < K && index[k + AHEAD] >= 0) source.ask(t, index[k + AHEAD]);
+                if (index[k] >= 0) source.read(t, index[k], C, s.rows + n++ * W);
+            }
+            if (n) fold_in(group, g, g + 1, n, nullptr, s);
+        }
+    }
+
+    // The n keys in s.rows, for tokens g0 .. g1 of a group: all of them, or of a list what each sees.
+    void fold_in(const Group& group, int64_t g0, int64_t g1, int64_t n, const List* list, const State& s) const {
+        const int64_t lanes = group.lanes(), heads = group.heads, words = W / 2;
+        const int64_t l0 = g0 * heads, l1 = g1 * heads;
+        const int64_t s0 = l0 / LANES * LANES, strips = (l1 - s0 + LANES - 1) / LANES;  // whole strips that have them
+        for (int64_t k = 0; k < n; ++k) std::fill_n(s.score + k * lanes + s0, strips * LANES, 0.0f);
+        for (int64_t w = 0; w < words; w += SEGMENT)  // the queries of a segment stay in a core's first cache
+            multiply_pairs(reinterpret_cast<const uint32_t*>(s.rows) + w, words, s.query + w * lanes + s0, lanes,
+                           std::min(SEGMENT, words - w), s.score + s0, lanes, n, strips);
+        if (list)
+            for (int64_t g = g0; g < g1; ++g)
+                for (int64_t k = 0; k < n; ++k)
+                    if (!list->sees(g, s.place[k]))
+                        std::fill_n(s.score + k * lanes + g * heads, heads, -std::numeric_limits<float>::infinity());
+        const int64_t pairs = (n + 1) / 2;
+        for (int64_t l = s0; l < l1; l += LANES) {
+            softmax(n, lanes, l, std::max<int64_t>(0, l0 - l), std::min<int64_t>(LANES, l1 - l), s);
+            for (int64_t i = 0; i < pairs; i += 16) transpose(s.weight + i * lanes + l, lanes, s.turned + l * PAIRS + i, PAIRS);
+        }
+        if (n % 2) std::fill_n(s.rows + n * W, W, static_cast<uint16_t>(0));
+        for (int64_t c = 0; c < W; c += BLOCK) {
+            const int64_t block = std::min(BLOCK, W - c);
+            for (int64_t i = 0; i < pairs; ++i)
+                interleave(s.rows + 2 * i * W + c, s.rows + (2 * i + 1) * W + c, block, s.values + i * block);
+            multiply_pairs(s.turned + l0 * PAIRS, PAIRS, s.values, block, pairs, s.o + l0 * W + c, W, l1 - l0, block / LANES);
+        }
     }
 
     // Queries as pairs with heads across lanes; `spare` holds a row for each lane meanwhile.
-    void load_query(const float* q, int64_t heads, int64_t lanes, uint32_t* query, float* spare) const {
-        const int64_t words = W / 2;
-        auto* pairs = reinterpret_cast<uint32_t*>(spare);  // [head][pair], as the rows have them: the earlier one low
-        for (int64_t h = 0; h < heads; ++h) {
+    void load_query(const Group& group, const float* q, uint32_t* query, float* spare) const {
+        const int64_t words = W / 2, lanes = group.lanes(), heads = group.heads;
+        auto* pairs = reinterpret_cast<uint32_t*>(spare);  // [lane][pair], as the rows have them: the earlier one low
+        std::fill(pairs, pairs + lanes * words, 0u);
+        for (int64_t l = 0; l < group.tokens * heads; ++l) {
+            const float* row = q + ((group.t0 + l / heads) * H + group.h0 + l % heads) * C;
             uint32_t bits[16];
             for (int64_t c = 0; c < C; c += LANES) {
-                istore(bits, round_bf16(load_part(q + h * C + c, C - c)));
-                for (int i = 0; i < 8; ++i) pairs[h * words + c / 2 + i] = bits[2 * i + 1] | bits[2 * i] >> 16;
+                istore(bits, round_bf16(load_part(row + c, C - c)));
+                for (int i = 0; i < 8; ++i) pairs[l * words + c / 2 + i] = bits[2 * i + 1] | bits[2 * i] >> 16;
             }
         }
-        for (int64_t h = 0; h < lanes; h += 16)
-            for (int64_t w = 0; w < words; w += 16) transpose(pairs + h * words + w, words, query + w * lanes + h, lanes);
+        for (int64_t l = 0; l < lanes; l += 16)
+            for (int64_t w = 0; w < words; w += 16) transpose(pairs + l * words + w, words, query + w * lanes + l, lanes);
     }
 
-    // Scores of n keys to weights e^(score - top) as pairs of keys, with a new running maximum: what was summed so far is
-    // scaled down to it.
-    void softmax(float* score, int64_t n, int64_t lanes, float* top, float* mass, uint32_t* weight, float* o) const {
-        const F16 times = set1(scale);
-        for (int64_t h = 0; h < lanes; h += LANES) {
-            F16 high = load(top + h);
-            for (int64_t k = 0; k < n; ++k) {
-                const F16 s = load(score + k * lanes + h) * times;
-                store(score + k * lanes + h, s);
-                high = max(high, s);
-            }
-            const F16 keep = exp(load(top + h) - high);
-            F16 sum = zero();
-            for (int64_t k = 0; k < n; k += 2) {
-                const F16 a = exp(load(score + k * lanes + h) - high);
-                const F16 b = k + 1 < n ? exp(load(score + (k + 1) * lanes + h) - high) : zero();
-                sum = sum + a;
-                sum = sum + b;
-                istore(weight + k / 2 * lanes + h, round_bf16(a) | shr<16>(round_bf16(b)));
-            }
-            for (int64_t i = (n + 1) / 2; i < (n + 31) / 32 * 16; ++i) istore(weight + i * lanes + h, iset1(0));
-            store(mass + h, fma(load(mass + h), keep, sum));
-            store(top + h, high);
-            float factor[16];
-            store(factor, keep);
-            for (int i = 0; i < LANES; ++i)
-                if (factor[i] != 1.0f && mass[h + i] > 0)
-                    for (int64_t c = 0; c < W; c += LANES) store(o + (h + i) * W + c, load(o + (h + i) * W + c) * set1(factor[i]));
+    // Scores of n keys, of the strip at lane l, to weights e^(score - top) as pairs of keys, with a new running maximum:
+    // what was summed so far is scaled down to it.  Nothing is kept for lanes outside a .. b of the strip.
+    void softmax(int64_t n, int64_t lanes, int64_t l, int64_t a, int64_t b, const State& s) const {
+        const F16 times = set1(scale), before = load(s.top + l);
+        F16 high = before;
+        for (int64_t k = 0; k < n; ++k) {
+            const F16 x = load(s.score + k * lanes + l) * times;
+            store(s.score + k * lanes + l, x);
+            high = max(high, x);
+        }
+        const F16 base = max(set1(-std::numeric_limits<float>::max()), high);  // a lane may see none of these keys
+        const F16 keep = exp(before - base);
+        F16 sum = zero();
+        for (int64_t k = 0; k < n; k += 2) {
+            const F16 first = exp(load(s.score + k * lanes + l) - base);
+            const F16 second = k + 1 < n ? exp(load(s.score + (k + 1) * lanes + l) - base) : zero();
+            sum = sum + first;
+            sum = sum + second;
+            istore(s.weight + k / 2 * lanes + l, round_bf16(first) | shr<16>(round_bf16(second)));
+        }
+        for (int64_t i = (n + 1) / 2; i < (n + 31) / 32 * 16; ++i) istore(s.weight + i * lanes + l, iset1(0));
+        float factor[16], mass[16], top[16];
+        store(factor, keep), store(mass, fma(load(s.mass + l), keep, sum)), store(top, high);
+        for (int64_t i = a; i < b; ++i) {
+            float* o = s.o + (l + i) * W;
+            const bool begun = s.mass[l + i] > 0;  // else there is nothing to scale
+            s.mass[l + i] = mass[i], s.top[l + i] = top[i];
+            if (factor[i] != 1.0f && begun)
+                for (int64_t c = 0; c < W; c += LANES) store(o + c, load(o + c) * set1(factor[i]));
         }
     }
 
-    void finish(int64_t h0, int64_t heads, const float* top, const float* mass, float* o, const float* turn, float* out) const {
-        for (int64_t h = 0; h < heads; ++h) {
-            const float high = std::max(top[h], sink[h0 + h]);
-            const float share = mass[h] > 0 ? exp1(top[h] - high) : 0.0f;
-            const float total = mass[h] * share + exp1(sink[h0 + h] - high);
-            const F16 factor = set1(mass[h] > 0 ? share / total : mass[h] == mass[h] ? 0.0f : mass[h]);
-            for (int64_t c = 0; c < C; c += LANES) store_part(out + h * C + c, load(o + h * W + c) * factor, C - c);
-            turn_pairs(out + h * C + C - 2 * F, turn, F, -1.0f);
+    void finish(const Group& group, const State& s, const float* turn, float* out) const {
+        for (int64_t l = 0; l < group.tokens * group.heads; ++l) {
+            const int64_t t = group.t0 + l / group.heads, h = group.h0 + l % group.heads;
+            const float mass = s.mass[l], top = s.top[l], high = std::max(top, sink[h]);
+            const float share = mass > 0 ? exp1(top - high) : 0.0f;
+            const float total = mass * share + exp1(sink[h] - high);
+            const F16 factor = set1(mass > 0 ? share / total : mass == mass ? 0.0f : mass);
+            float* to = out + (t * H + h) * C;
+            for (int64_t c = 0; c < C; c += LANES) store_part(to + c, load(s.o + l * W + c) * factor, C - c);
+            turn_pairs(to + C - 2 * F, turn + t * F * 2, F, -1.0f);
+            for (int64_t c = 0; c < C; c += LANES) store_part(to + c, as_float(round_bf16(load_part(to + c, C - c))), C - c);
         }
     }
 };
@@ -221,10 +323,11 @@ EXPORT void pyrosome_attention(const float* q, const Source* source, int64_t par
     for (int64_t p = 0; p < parts; ++p) keys += source[p].K;
     threads = worth(2 * T * H * C * keys, threads);
     // A token's heads stay together, as they share its rows, unless there are threads to spare.
-    const int64_t block = H <= 32 || T < threads ? 32 : 64, blocks = (H + block - 1) / block;
+    const int64_t heads = std::min<int64_t>(H, H <= 32 || T < threads ? 32 : 64), blocks = (H + heads - 1) / heads;
+    const int64_t tokens = std::max<int64_t>(1, std::min({TOKENS, SHARING / heads, T * blocks / threads}));
     const Work work{H, C, F, (C + 31) / 32 * 32, scale, source, parts, sink};
-    parallel(T * blocks, threads, [&](int64_t part) {
-        const int64_t h0 = part % blocks * block, heads = std::min(block, H - h0);
-        work.run(part / blocks, h0, heads, heads > 32 ? 64 : 32, q, turn, out);
+    parallel((T + tokens - 1) / tokens * blocks, threads, [&](int64_t part) {
+        const int64_t t0 = part / blocks * tokens, h0 = part % blocks * heads;
+        work.run({t0, std::min(tokens, T - t0), h0, std::min(heads, H - h0)}, q, turn, out);
     });
 }
