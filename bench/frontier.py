@@ -31,6 +31,7 @@ from pyrosome.engine.runner import Runner
 from pyrosome.model.build import Network
 from pyrosome.model.build import fill as fill_weights
 from pyrosome.model.numerics import TRAINED
+from pyrosome.ops import workspace
 from pyrosome.testing.checkpoints import random_tensors
 
 POINTS = (4096, 65536, 262144, 1048576)
@@ -42,6 +43,8 @@ WEIGHTS_SEED, ROWS_SEED = 5, 7
 WARM, TIMED, REPEATS = 4, 8, 5  # decode steps before any is timed; steps per rate; rates per median
 GRAIN = 128  # contexts are multiples of so many tokens: whole rows of every stream
 RESULTS = Path(__file__).parent / "results" / "frontier.jsonl"
+
+measure.KEEPERS.append(workspace.give_back)
 
 
 def narrow() -> ModelConfig:

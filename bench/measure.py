@@ -113,8 +113,13 @@ def high_water_bytes() -> int:
         return next(int(line.split()[1]) for line in f if line.startswith("VmHWM")) * 1024
 
 
+KEEPERS: list[Callable[[], None]] = []  # what an engine calls to return memory that it keeps for later
+
+
 def give_back_heap() -> None:
-    """Return freed heap to the system, where the C library can (glibc); elsewhere nothing happens."""
+    """Return freed heap to the system, where the C library can (glibc), and what an engine keeps."""
+    for give_back in KEEPERS:
+        give_back()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

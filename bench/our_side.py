@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 import pyrosome
+from pyrosome.ops import workspace
 
 CHUNK = 2048  # tokens of one prefill span, so that memory does not grow with the prompt
 LINEAR_AT = (4096, 8192, 16384)
@@ -18,6 +19,7 @@ LINEAR_AT = (4096, 8192, 16384)
 
 def main(checkpoint: str, answer: str, logits: str, repeats: int, quick: bool, shape: measure.Shape) -> None:
     torch.set_num_threads(1)
+    measure.KEEPERS.append(workspace.give_back)
     vocab = shape.config["vocab_size"]
 
     def prefill(length, room):

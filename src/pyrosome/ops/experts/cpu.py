@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pyrosome.ops import experts as ops
-from pyrosome.ops import native
+from pyrosome.ops import native, workspace
 from pyrosome.ops.experts import ExpertWeights
 from pyrosome.quant import round_activation, unchanged
 
@@ -23,7 +23,7 @@ def routed_experts(x_TD: Tensor, bank: ExpertWeights, expert_TK: Tensor, weight_
     _check_width(x_TD, D)
     expert_TK, weight_TK, x_TD = expert_TK.contiguous(), weight_TK.float().contiguous(), x_TD.contiguous()
     (w1, kept1), (w3, kept3), (w2, kept2) = native.weight(bank.w1), native.weight(bank.w3), native.weight(bank.w2)
-    y_TD = x_TD.new_empty(T, D)
+    y_TD = workspace.empty(T, D, like=x_TD)
     bad = lib.routed_experts(
         x_TD.data_ptr(), T, K, expert_TK.data_ptr(), bank.first, E, bank.total, weight_TK.data_ptr(), w1, w3, w2,
         y_TD.data_ptr(), limit, bank.prepare is round_activation, native.threads(),
@@ -40,7 +40,7 @@ def shared_expert(x_TD: Tensor, expert: ExpertWeights, limit: float, onto_TD: Te
         return ops.shared_expert.definition(x_TD, expert, limit, onto_TD)  # type: ignore[no-any-return]
     _check_width(x_TD, expert.w1.shape[-1])
     x_TD = x_TD.contiguous()
-    y_TD, onto_TD = torch.empty_like(x_TD), None if onto_TD is None else onto_TD.contiguous()
+    y_TD, onto_TD = workspace.empty_like(x_TD), None if onto_TD is None else onto_TD.contiguous()
     (w1, kept1), (w3, kept3), (w2, kept2) = native.weight(expert.w1), native.weight(expert.w3), native.weight(expert.w2)
     native.library().shared_expert(
         x_TD.data_ptr(), x_TD.shape[0], w1, w3, w2, native.address(onto_TD), y_TD.data_ptr(), limit,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pyrosome.ops import hyper_connection as ops
-from pyrosome.ops import native
+from pyrosome.ops import native, workspace
 
 MAX_STREAMS = 8  # what the kernels keep on their stack
 
@@ -28,7 +28,7 @@ def hyper_connection_in(
             streams_TJD, fn, base, scale, norm_eps, hc_eps, sinkhorn_iters, norm_D
         )
     streams_TJD, fn, base, scale = (x.contiguous() for x in (streams_TJD, fn, base, scale))
-    u, post, comb = streams_TJD.new_empty(T, D), streams_TJD.new_empty(T, J), streams_TJD.new_empty(T, J, J)
+    u, post, comb = workspace.empty(T, D, like=streams_TJD), streams_TJD.new_empty(T, J), streams_TJD.new_empty(T, J, J)
     native.library().hyper_connection_in(
         streams_TJD.data_ptr(), fn.data_ptr(), scale.data_ptr(), base.data_ptr(), native.address(norm_D), u.data_ptr(),
         post.data_ptr(), comb.data_ptr(), T, J, D, norm_eps, hc_eps, sinkhorn_iters, native.threads(),
@@ -56,8 +56,8 @@ def hyper_connection_turn(
             streams_TJD, out_TD, post_TJ, comb_TJJ, fn, base, scale, norm_eps, hc_eps, sinkhorn_iters, norm_D
         )
     streams_TJD, out_TD, post_TJ, comb_TJJ = (x.contiguous() for x in (streams_TJD, out_TD, post_TJ, comb_TJJ))
-    fn, base, scale, new_TJD = fn.contiguous(), base.contiguous(), scale.contiguous(), torch.empty_like(streams_TJD)
-    u, post, comb = torch.empty_like(out_TD), torch.empty_like(post_TJ), torch.empty_like(comb_TJJ)
+    fn, base, scale, new_TJD = fn.contiguous(), base.contiguous(), scale.contiguous(), workspace.empty_like(streams_TJD)
+    u, post, comb = workspace.empty_like(out_TD), torch.empty_like(post_TJ), torch.empty_like(comb_TJJ)
     native.library().hyper_connection_turn(
         streams_TJD.data_ptr(), out_TD.data_ptr(), post_TJ.data_ptr(), comb_TJJ.data_ptr(), new_TJD.data_ptr(),
         fn.data_ptr(), scale.data_ptr(), base.data_ptr(), native.address(norm_D), u.data_ptr(), post.data_ptr(),
@@ -70,7 +70,7 @@ def hyper_connection_out(streams_TJD: Tensor, out_TD: Tensor, post_TJ: Tensor, c
     """As the definition, for float32 streams."""
     T, J, D = streams_TJD.shape
     streams_TJD, out_TD, post_TJ, comb_TJJ = (x.contiguous() for x in (streams_TJD, out_TD, post_TJ, comb_TJJ))
-    new_TJD = torch.empty_like(streams_TJD)
+    new_TJD = workspace.empty_like(streams_TJD)
     native.library().hyper_connection_out(
         streams_TJD.data_ptr(), out_TD.data_ptr(), post_TJ.data_ptr(), comb_TJJ.data_ptr(), new_TJD.data_ptr(),
         T, J, D, native.threads(),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyrosome.ops import linear as ops
-from pyrosome.ops import native
+from pyrosome.ops import native, workspace
 from pyrosome.ops.linear import Prepare
 from pyrosome.quant import QuantTensor, round_activation, unchanged
 
@@ -45,7 +45,7 @@ def linears(
             raise RuntimeError(f"rows of {K} were given to a product of {value.shape[-1]} inputs")
         if isinstance(value, QuantTensor) and rounds[i] != any(rounds):
             return ops.linears.definition(x, weights, norm, eps)  # type: ignore[no-any-return]
-        out, (_, kept) = x.new_empty(*lead, value.shape[0]), native.weight(value)
+        out, (_, kept) = workspace.empty(*lead, value.shape[0], like=x), native.weight(value)
         products[i] = Product(ctypes.addressof(kept.spec), out.data_ptr(), value.shape[0])
         outs.append(out)
         held.append(kept)
@@ -61,7 +61,7 @@ def grouped_linear(x_TGK: Tensor, weight_NK: Tensor | QuantTensor) -> Tensor:
     if weight_NK.shape[-1] != K:
         raise RuntimeError(f"rows of {K} were given to products of {weight_NK.shape[-1]} inputs")
     x_TGK = x_TGK.contiguous()
-    y = x_TGK.new_empty(T, G, weight_NK.shape[0] // G)
+    y = workspace.empty(T, G, weight_NK.shape[0] // G, like=x_TGK)
     at, held = native.weight(weight_NK, G)
     native.library().grouped_linear(x_TGK.data_ptr(), G * K, T, at, G, y.data_ptr(), native.threads())
     del held

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pyrosome.ops import native
+from pyrosome.ops import native, workspace
 from pyrosome.ops import rope as ops
 from pyrosome.quant import round_index as fp4_index
 from pyrosome.quant import round_kv, unchanged
@@ -25,7 +25,7 @@ def rotation(frequency_F: Tensor, position_T: Tensor) -> Tensor:
 def rope(x: Tensor, rotation_TF: Tensor, inverse: bool = False) -> Tensor:
     """As the definition, for float32 x."""
     x, turn = x.contiguous(), torch.view_as_real(rotation_TF).contiguous()
-    T, C, out = x.shape[0], x.shape[-1], torch.empty_like(x)
+    T, C, out = x.shape[0], x.shape[-1], workspace.empty_like(x)
     native.library().rope(
         x.data_ptr(), turn.data_ptr(), out.data_ptr(), T, x[0].numel() // C if T else 0, C, rotation_TF.shape[1],
         -1.0 if inverse else 1.0, native.threads(),
@@ -43,7 +43,7 @@ def norm_rope(
     """As the definition, for float32 x."""
     if round_nope not in (round_kv, unchanged):
         return ops.norm_rope.definition(x, weight_C, rotation_TF, eps, round_nope)  # type: ignore[no-any-return]
-    x, turn, out = x.contiguous(), torch.view_as_real(rotation_TF).contiguous(), torch.empty_like(x)
+    x, turn, out = x.contiguous(), torch.view_as_real(rotation_TF).contiguous(), workspace.empty_like(x)
     native.library().norm_rope(
         x.data_ptr(), native.address(weight_C), turn.data_ptr(), out.data_ptr(), x.shape[0],
         x.shape[1] if x.dim() == 3 else 1, x.shape[-1], rotation_TF.shape[1], eps, round_nope is round_kv,
@@ -59,7 +59,7 @@ def index_rows(x: Tensor, rotation_TF: Tensor | None, round_index: Callable[[Ten
         return ops.index_rows.definition(x, rotation_TF, round_index)  # type: ignore[no-any-return]
     x = x.contiguous()
     turn = None if rotation_TF is None else torch.view_as_real(rotation_TF).contiguous()
-    out = torch.empty_like(x)
+    out = workspace.empty_like(x)
     native.library().index_rows(
         x.data_ptr(), native.address(turn), out.data_ptr(), x.shape[0], x.shape[1] if x.dim() == 3 else 1, C,
         0 if rotation_TF is None else rotation_TF.shape[1], round_index is fp4_index, native.threads(),

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pyrosome.ops import native
+from pyrosome.ops import native, workspace
 from pyrosome.ops import sparse_attention as ops
 from pyrosome.ops.rows import NARROW, Pages, RowSource, stored
 from pyrosome.quant.rows import FP8KVRows
@@ -33,7 +33,7 @@ def attention(q_THC: Tensor, parts: Sequence[tuple[RowSource, Tensor]], sink_H: 
     if not all(source.format in NARROW for source, _ in parts):
         return ops.attention.definition(q_THC, parts, sink_H, rotation_TF)  # type: ignore[no-any-return]
     q_THC, turn = q_THC.contiguous(), torch.view_as_real(rotation_TF).contiguous()
-    out_THC, sources, held = torch.empty_like(q_THC), (Source * len(parts))(), []
+    out_THC, sources, held = workspace.empty_like(q_THC), (Source * len(parts))(), []
     for i, (source, index_TK) in enumerate(parts):
         sources[i], kept = _source(source, index_TK.contiguous())
         held.append(kept)
