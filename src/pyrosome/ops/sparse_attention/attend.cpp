@@ -70,36 +70,6 @@ struct Source {
     }
 };
 
-// Words of neighbouring rows: out[c] = first[c] in the high half, second[c] in the low.
-LANE void interleave(const uint16_t* first_row, const uint16_t* second_row, int64_t count, uint32_t* out) {
-    for (int64_t c = 0; c < count; c += LANES)
-        istore(out + c, shl<16>(iload_halves(first_row + c)) | iload_halves(second_row + c));
-}
-
-// 16 x 16 words, turned.
-LANE void transpose(const uint32_t* from, int64_t ld, uint32_t* to, int64_t ldto) {
-#if PYROSOME_LEVEL == 2
-    __m512i r[16], s[16];
-    UNROLL for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(from + i * ld);
-    for (int i = 0; i < 16; i += 2) s[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]), s[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-    for (int i = 0; i < 16; i += 4) {
-        r[i] = _mm512_unpacklo_epi64(s[i], s[i + 2]), r[i + 1] = _mm512_unpackhi_epi64(s[i], s[i + 2]);
-        r[i + 2] = _mm512_unpacklo_epi64(s[i + 1], s[i + 3]), r[i + 3] = _mm512_unpackhi_epi64(s[i + 1], s[i + 3]);
-    }
-    for (int i = 0; i < 4; ++i) {
-        s[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88), s[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xDD);
-        s[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88), s[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xDD);
-    }
-    for (int i = 0; i < 8; ++i) {
-        _mm512_storeu_si512(to + i * ldto, _mm512_shuffle_i32x4(s[i], s[i + 8], 0x88));
-        _mm512_storeu_si512(to + (i + 8) * ldto, _mm512_shuffle_i32x4(s[i], s[i + 8], 0xDD));
-    }
-#else
-    for (int i = 0; i < 16; ++i)
-        for (int j = 0; j < 16; ++j) to[j * ldto + i] = from[i * ld + j];
-#endif
-}
-
 // Tokens t0 .. t0 + tokens - 1 with heads h0 .. h0 + heads - 1 of each: a lane for each head of each token.
 struct Group {
     int64_t t0, tokens, h0, heads;
@@ -257,11 +227,9 @@ struct Work {
         std::fill(pairs, pairs + lanes * words, 0u);
         for (int64_t l = 0; l < group.tokens * heads; ++l) {
             const float* row = q + ((group.t0 + l / heads) * H + group.h0 + l % heads) * C;
-            uint32_t bits[16];
-            for (int64_t c = 0; c < C; c += LANES) {
-                istore(bits, round_bf16(load_part(row + c, C - c)));
-                for (int i = 0; i < 8; ++i) pairs[l * words + c / 2 + i] = bits[2 * i + 1] | bits[2 * i] >> 16;
-            }
+            for (int64_t c = 0; c < C; c += 2 * LANES)
+                narrow(load_part(row + c, C - c), C - c > LANES ? load_part(row + c + LANES, C - c - LANES) : zero(),
+                       pairs + l * words + c / 2);
         }
         for (int64_t l = 0; l < lanes; l += 16)
             for (int64_t w = 0; w < words; w += 16) transpose(pairs + l * words + w, words, query + w * lanes + l, lanes);
@@ -285,7 +253,7 @@ struct Work {
             const F16 second = k + 1 < n ? exp(load(s.score + (k + 1) * lanes + l) - base) : zero();
             sum = sum + first;
             sum = sum + second;
-            istore(s.weight + k / 2 * lanes + l, round_bf16(first) | shr<16>(round_bf16(second)));
+            istore(s.weight + k / 2 * lanes + l, round_weight(first) | shr<16>(round_weight(second)));
         }
         for (int64_t i = (n + 1) / 2; i < (n + 31) / 32 * 16; ++i) istore(s.weight + i * lanes + l, iset1(0));
         float factor[16], mass[16], top[16];
@@ -306,10 +274,14 @@ struct Work {
             const float share = mass > 0 ? exp1(top - high) : 0.0f;
             const float total = mass * share + exp1(sink[h] - high);
             const F16 factor = set1(mass > 0 ? share / total : mass == mass ? 0.0f : mass);
-            float* to = out + (t * H + h) * C;
-            for (int64_t c = 0; c < C; c += LANES) store_part(to + c, load(s.o + l * W + c) * factor, C - c);
-            turn_pairs(to + C - 2 * F, turn + t * F * 2, F, -1.0f);
-            for (int64_t c = 0; c < C; c += LANES) store_part(to + c, as_float(round_bf16(load_part(to + c, C - c))), C - c);
+            float *o = s.o + l * W, *to = out + (t * H + h) * C;
+            const int64_t plain = (C - 2 * F) / LANES * LANES;
+            for (int64_t c = plain; c < C; c += LANES) store(o + c, load(o + c) * factor);
+            turn_pairs(o + C - 2 * F, turn + t * F * 2, F, -1.0f);
+            for (int64_t c = 0; c < C; c += LANES) {
+                const F16 v = load(o + c);
+                store_part(to + c, as_float(round_bf16(c < plain ? v * factor : v)), C - c);
+            }
         }
     }
 };
