@@ -392,6 +392,25 @@ LANE uint32_t bits_of(Mask m) {  // bit i is lane i
 #endif
 }
 
+// Integers that order as floats do: -0 is 0, and NaN is above all, so that a fault upstream shows.
+LANE I16 order_of(F16 a) {
+    I16 bits = as_int(a + zero());
+    bits = select(greater(bits & iset1(0x7FFFFFFF), iset1(0x7F800000)), iset1(0x7FC00000), bits);
+    return select(greater(iset1(0), bits), bits ^ iset1(0x7FFFFFFF), bits);
+}
+
+LANE int32_t most_of(I16 a) {  // the greatest of the lanes
+#if PYROSOME_LEVEL == 2
+    return _mm512_reduce_max_epi32(a.v);
+#else
+    int32_t l[16];
+    istore(l, a);
+    for (int i = 1; i < 16; ++i) l[0] = l[i] > l[0] ? l[i] : l[0];
+    return l[0];
+#endif
+}
+LANE int32_t least_of(I16 a) { return ~most_of(iset1(-1) - a); }  // ~ turns the order round
+
 // ---------------------------------------------------------------- neighbours
 LANE F16 swapped(F16 a) {  // lanes 2 i and 2 i + 1 exchanged
 #if PYROSOME_LEVEL == 2

@@ -33,6 +33,7 @@ struct Ahead {
 // A token's heads and their weights.
 struct Query {
     bool whole;      // codes below are the query, exactly
+    bool even;       // so, and each head has one scale, which its weight holds too
     int32_t* codes;  // [heads / 4, group, four of channels, 4 heads]: four signed bytes each, in the order of a Page
     int32_t* start;  // [heads / 4, group, 4 heads]: what takes the 12 of the keys' bytes away again
     float* scale;    // [heads / 4, group, 4 heads]: codes times scale are the query

@@ -71,31 +71,47 @@ LANE I16 bytes_of(I16 codes) {
 #endif
 }
 
-// A group's channels as integers of 8 bits times a power of two, which all that was rounded to FP4 is; false where they
-// are something else.
-bool take_codes(const float* x, int32_t* codes, int32_t* start, float* scale) {
-    const F16 v[2] = {load(x), load(x + 16)};
-    const int32_t top = largest_bits(v, 2), exponent = top >> 23;
-    if (top && (exponent < 127 - 60 || exponent > 127 + 60)) return false;
-    const int32_t up = top ? 127 + 6 - (exponent - 127) : 127;  // the largest lands in 64 .. 127
-    const F16 times = as_float(iset1(up << 23)), over = as_float(iset1((254 - up) << 23));
-    int32_t n[GROUP];
-    I16 rest = iset1(0);
-    for (int i = 0; i < 2; ++i) {
-        const I16 whole = to_int(v[i] * times);
-        rest = max(rest, as_int(v[i] - to_float(whole) * over) & iset1(0x7FFFFFFF));
-        istore(n + 16 * i, whole);
+// The power of two, as an exponent with its bias, that takes the largest of some groups to 64 .. 127; 0 where that is too
+// far away.
+int32_t power_of(const float* x, int64_t groups) {
+    I16 most = iset1(0);
+    for (int64_t c = 0; c < groups * GROUP; c += LANES) most = max(most, as_int(load(x + c)) & iset1(0x7FFFFFFF));
+    const int32_t top = most_of(most), exponent = top >> 23;
+    if (!top) return 127;
+    return exponent < 127 - 60 || exponent > 127 + 60 ? 0 : 127 + 6 - (exponent - 127);
+}
+
+LANE void store_bytes(int8_t* p, I16 v) {  // their low bytes
+#if PYROSOME_LEVEL == 2
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(v.v));
+#else
+    int32_t lane[LANES];
+    istore(lane, v);
+    for (int i = 0; i < LANES; ++i) p[i] = static_cast<int8_t>(lane[i]);
+#endif
+}
+
+LANE uint32_t even_bytes(uint64_t x) {
+    x &= 0x00FF00FF00FF00FFu, x = (x | x >> 8) & 0x0000FFFF0000FFFFu;
+    return static_cast<uint32_t>(x | x >> 16);
+}
+
+// A group's channels, times that power of two, as integers of 8 bits; false where they are something else.
+LANE bool take_codes(const float* x, int32_t power, int32_t* codes, int32_t* start) {
+    const F16 times = as_float(iset1(power << 23)), over = as_float(iset1((254 - power) << 23));
+    const F16 v[2] = {load(x), load(x + LANES)};
+    const I16 whole[2] = {to_int(v[0] * times), to_int(v[1] * times)};
+    const I16 rest = as_int(v[0] - to_float(whole[0]) * over) | as_int(v[1] - to_float(whole[1]) * over);
+    if (bits_of(greater(rest & iset1(0x7FFFFFFF), iset1(0)))) return false;
+    int8_t bytes[GROUP];
+    store_bytes(bytes, whole[0]), store_bytes(bytes + LANES, whole[1]);
+    for (int j = 0; j < FOURS; j += 2) {
+        uint64_t eight;
+        std::memcpy(&eight, bytes + 4 * j, sizeof eight);
+        codes[j * HEADS] = static_cast<int32_t>(even_bytes(eight));
+        codes[(j + 1) * HEADS] = static_cast<int32_t>(even_bytes(eight >> 8));
     }
-    if (bits_of(greater(rest, iset1(0)))) return false;
-    int32_t sum = 0;
-    for (int j = 0; j < FOURS; ++j) {
-        const int32_t* c = n + j / 2 * 8 + j % 2;
-        const uint32_t four = (c[0] & 255u) | (c[2] & 255u) << 8 | (c[4] & 255u) << 16 | (c[6] & 255u) << 24;
-        codes[j * HEADS] = static_cast<int32_t>(four);
-        sum += c[0] + c[2] + c[4] + c[6];
-    }
-    *start = -12 * sum;
-    *scale = first(over);
+    *start = -12 * static_cast<int32_t>(fold(to_float(whole[0] + whole[1])));  // exact
     return true;
 }
 
@@ -144,8 +160,8 @@ LANE void add_products(I16 (&sum)[B][HEADS], const uint8_t* keys, int64_t next, 
 #endif
 }
 
-// score[b] of B blocks of a page from `block` on, by a query in codes.
-template <int B>
+// score[b] of B blocks of a page from `block` on, by a query in codes; EVEN where a head's groups have one power of two.
+template <int B, bool EVEN>
 void score_codes(const Page& page, int64_t block, const Query& q, int64_t H, int64_t G, Ahead& ahead, F16* score) {
     const int64_t next = G * FOURS * 64;
     const uint8_t* keys = page.codes + block * next;
@@ -168,7 +184,8 @@ void score_codes(const Page& page, int64_t block, const Query& q, int64_t H, int
             UNROLL for (int b = 0; b < B; ++b) {
                 const F16 s = load(key_scale + (b * G + g) * LANES);
                 UNROLL for (int i = 0; i < HEADS; ++i)
-                    total[b][i] = fma(to_float(sum[b][i]) * s, set1(scale[i]), total[b][i]);
+                    total[b][i] = EVEN ? fma(to_float(sum[b][i]), s, total[b][i])
+                                       : fma(to_float(sum[b][i]) * s, set1(scale[i]), total[b][i]);
             }
         }
         UNROLL for (int b = 0; b < B; ++b)
@@ -231,20 +248,36 @@ void widen(const Page& page, int64_t G, float* out) {
 
 Query prepare(const float* q, const float* weight, int64_t H, int64_t G, int64_t limit, Scratch& scratch) {
     const int64_t padded = (H + HEADS - 1) / HEADS * HEADS, C = G * GROUP;
-    Query r{true, nullptr, nullptr, nullptr, nullptr, nullptr, limit};
+    Query r{false, false, nullptr, nullptr, nullptr, nullptr, nullptr, limit};
     r.codes = scratch.take<int32_t>(padded * C / 4), r.start = scratch.take<int32_t>(padded * G);
     r.scale = scratch.take<float>(padded * G), r.weight = scratch.take<float>(padded);
     std::fill(r.codes, r.codes + padded * C / 4, 0);
     std::fill(r.start, r.start + padded * G, 0);
     std::fill(r.scale, r.scale + padded * G, 0.0f);
-    std::copy(weight, weight + H, r.weight);
     std::fill(r.weight + H, r.weight + padded, 0.0f);
-    for (int64_t h = 0; h < H && r.whole; ++h)
-        for (int64_t g = 0; g < G && r.whole; ++g) {
-            const int64_t at = h / HEADS * G + g, i = h % HEADS;
-            r.whole = take_codes(q + h * C + g * GROUP, r.codes + at * FOURS * HEADS + i, r.start + at * HEADS + i,
-                                 r.scale + at * HEADS + i);
+    const auto take = [&](int64_t each) {  // groups that share a power of two
+        for (int64_t h = 0; h < H; ++h)
+            for (int64_t g = 0, power = 0; g < G; ++g) {
+                const int64_t at = h / HEADS * G + g, i = h % HEADS;
+                const float* x = q + h * C + g * GROUP;
+                if (g % each == 0 && !(power = power_of(x, each))) return false;
+                if (!take_codes(x, power, r.codes + at * FOURS * HEADS + i, r.start + at * HEADS + i)) return false;
+                r.scale[at * HEADS + i] = first(as_float(iset1((254 - power) << 23)));
+            }
+        return true;
+    };
+    const auto fold_scales = [&] {
+        for (int64_t h = 0; h < H; ++h) {
+            const float s = r.scale[h / HEADS * G * HEADS + h % HEADS];
+            r.weight[h] = weight[h] * s;
+            if (!(r.weight[h] / s == weight[h])) return false;
         }
+        return true;
+    };
+    r.whole = r.even = take(G) && fold_scales();
+    if (r.even) return r;
+    r.whole = take(1);
+    std::copy(weight, weight + H, r.weight);
     if (r.whole) return r;
     r.values = scratch.take<float>(padded * C);
     std::fill(r.values, r.values + padded * C, 0.0f);
@@ -261,8 +294,10 @@ void score_page(const Page& page, const float* wide, const Query& q, int64_t blo
     int64_t b = 0;
     ahead.lines = (ahead.bytes / 64 + 1) * TOGETHER * HEADS / (blocks * H) + 1;
     if (q.whole) {
-        for (; b + TOGETHER <= blocks; b += TOGETHER) score_codes<TOGETHER>(page, b, q, H, G, ahead, score + b);
-        for (; b < blocks; ++b) score_codes<1>(page, b, q, H, G, ahead, score + b);
+        const auto several = q.even ? score_codes<TOGETHER, true> : score_codes<TOGETHER, false>;
+        const auto one = q.even ? score_codes<1, true> : score_codes<1, false>;
+        for (; b + TOGETHER <= blocks; b += TOGETHER) several(page, b, q, H, G, ahead, score + b);
+        for (; b < blocks; ++b) one(page, b, q, H, G, ahead, score + b);
     }
     for (; b < blocks; ++b) score[b] = score_values(page, b, wide + b * G * GROUP * LANES, q, H, G);
 }

@@ -2,6 +2,56 @@
 #include "../norm.h"
 #include "../round.h"
 
+namespace {
+
+template <int H>
+LANE F16 across(F16 a) {  // lanes i and i ^ H exchanged
+#if PYROSOME_LEVEL == 2
+    if (H == 1) return swapped(a);
+    if (H == 2) return {_mm512_permute_ps(a.v, 0x4E)};
+    return {_mm512_shuffle_f32x4(a.v, a.v, H == 4 ? 0xB1 : 0x4E)};
+#elif PYROSOME_LEVEL == 1
+    if (H == 1) return swapped(a);
+    if (H == 2) return {{_mm256_permute_ps(a.v[0], 0x4E), _mm256_permute_ps(a.v[1], 0x4E)}};
+    if (H == 8) return {{a.v[1], a.v[0]}};
+    return {{_mm256_permute2f128_ps(a.v[0], a.v[0], 1), _mm256_permute2f128_ps(a.v[1], a.v[1], 1)}};
+#else
+    F16 r;
+    EACH16 r.v[i] = a.v[i ^ H];
+    return r;
+#endif
+}
+
+template <int H>
+struct Signs {  // of lanes with bit H: -1
+    alignas(64) float of[LANES] = {};
+    constexpr Signs() {
+        for (int i = 0; i < LANES; ++i) of[i] = i & H ? -1.0f : 1.0f;
+    }
+};
+
+template <int H>
+LANE F16 butterflies(F16 a) {  // sums to lanes without bit H, differences to those with it
+    static constexpr Signs<H> sign;
+    return across<H>(a) + a * load(sign.of);
+}
+
+// As `hadamard`, C being a power of two and at least LANES.
+void hadamard_lanes(float* x, int64_t C, float norm) {
+    const F16 times = set1(norm);
+    for (int64_t c = 0; c < C; c += LANES)
+        store(x + c, butterflies<8>(butterflies<4>(butterflies<2>(butterflies<1>(load(x + c))))));
+    for (int64_t half = LANES; half < C; half *= 2)
+        for (int64_t i = 0; i < C; i += 2 * half)
+            for (int64_t j = i; j < i + half; j += LANES) {
+                const F16 a = load(x + j), b = load(x + j + half);
+                store(x + j, a + b), store(x + j + half, a - b);
+            }
+    for (int64_t c = 0; c < C; c += LANES) store(x + c, load(x + c) * times);
+}
+
+}  // namespace
+
 EXPORT void pyrosome_rotation(const int64_t* position, const float* frequency, float* turn, int64_t T, int64_t F) {
     for (int64_t t = 0; t < T; ++t)
         for (int64_t f = 0; f < F; ++f) {
@@ -46,7 +96,7 @@ EXPORT void pyrosome_index_rows(const float* x, const float* turn, float* out, i
             float* to = out + (t * H + h) * C;
             std::memcpy(to, x + (t * H + h) * C, C * sizeof(float));
             if (F) turn_pairs(to + C - 2 * F, turn + t * F * 2, F, 1.0f);
-            hadamard(to, C, norm);
+            C < LANES ? hadamard(to, C, norm) : hadamard_lanes(to, C, norm);
             if (rounds) round_fp4_groups(to, C);
         }
     });
