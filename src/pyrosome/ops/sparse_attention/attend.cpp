@@ -36,35 +36,34 @@ struct Source {
     const int64_t* index;
     int64_t K;
 
-    int64_t page_place(int64_t t, int64_t i) const {
-        return table[span[t] * width + i / PAGE_ROWS] * PAGE_ROWS + i % PAGE_ROWS;
+    // Where row i of token t is in the cache; -1 where it is not there.
+    int64_t place_of(int64_t t, int64_t i) const {
+        if (kind == 0) return table[span[t] * width + i / PAGE_ROWS] * PAGE_ROWS + i % PAGE_ROWS;
+        const int64_t at = i - 1;  // 0 stands for nothing
+        if (at < 0 || at >= spans * ring_rows) return -1;
+        const auto short_at = static_cast<uint32_t>(at), rows = static_cast<uint32_t>(ring_rows);  // quicker to divide
+        return slot[short_at / rows] * ring_rows + short_at % rows;
     }
 
     // Asks memory for a row that will be read soon: chosen rows lie anywhere.
     void ask(int64_t t, int64_t i) const {
-        if (kind != 0) return;
-        const int64_t place = page_place(t, i);
+        const int64_t place = place_of(t, i);
+        if (place < 0) return;
         for (int64_t at = 0; at < data_bytes; at += 64) __builtin_prefetch(data + place * data_bytes + at);
         __builtin_prefetch(scale + place * scale_bytes);
     }
 
     void read(int64_t t, int64_t i, int64_t C, uint16_t* out) const {
-        int64_t place;
-        if (kind == 0) {
-            place = page_place(t, i);
-        } else {
-            const int64_t at = i - 1;  // 0 stands for nothing
-            if (at < 0) return std::fill_n(out, C, static_cast<uint16_t>(0)), void();
-            if (at >= spans * ring_rows) {
-                const float* row = fresh + (at - spans * ring_rows) * C;
-                for (int64_t c = 0; c < C; ++c) {
-                    uint32_t bits;
-                    std::memcpy(&bits, row + c, sizeof bits);
-                    out[c] = static_cast<uint16_t>(bits >> 16);
-                }
-                return;
+        const int64_t place = place_of(t, i);
+        if (place < 0) {
+            if (i == 0) return std::fill_n(out, C, static_cast<uint16_t>(0)), void();
+            const float* row = fresh + (i - 1 - spans * ring_rows) * C;
+            for (int64_t c = 0; c < C; ++c) {
+                uint32_t bits;
+                std::memcpy(&bits, row + c, sizeof bits);
+                out[c] = static_cast<uint16_t>(bits >> 16);
             }
-            place = slot[at / ring_rows] * ring_rows + at % ring_rows;
+            return;
         }
         decode_row(data + place * data_bytes, scale + place * scale_bytes, nope, C, out);
     }
