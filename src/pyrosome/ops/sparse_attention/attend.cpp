@@ -45,12 +45,13 @@ struct Source {
         return slot[short_at / rows] * ring_rows + short_at % rows;
     }
 
-    // Asks memory for a row that will be read soon: chosen rows lie anywhere.
+    // Asks memory for a row that will be read (near: soon), as chosen rows lie anywhere.
+    template <bool NEAR>
     void ask(int64_t t, int64_t i) const {
-        const int64_t place = place_of(t, i);
+        const int64_t place = i < 0 ? -1 : place_of(t, i);
         if (place < 0) return;
-        for (int64_t at = 0; at < data_bytes; at += 64) __builtin_prefetch(data + place * data_bytes + at);
-        __builtin_prefetch(scale + place * scale_bytes);
+        for (int64_t at = 0; at < data_bytes; at += 64) __builtin_prefetch(data + place * data_bytes + at, 0, NEAR ? 3 : 2);
+        __builtin_prefetch(scale + place * scale_bytes, 0, NEAR ? 3 : 2);
     }
 
     void read(int64_t t, int64_t i, int64_t C, uint16_t* out) const {
@@ -82,6 +83,16 @@ struct List {
     int64_t first[TOKENS], last[TOKENS];
     int64_t split;   // as many as are one split of each token
     bool sees(int64_t g, int64_t place) const { return place >= first[g] && place < last[g]; }
+};
+
+// Rows of the next split, asked for a few at a time while this one is computed.
+struct Ahead {
+    const Source* source;
+    int64_t t;
+    const int64_t *index, *end;
+    void ask(int64_t rows) {
+        for (; rows-- && index < end; ++index) source->ask<false>(t, *index);
+    }
 };
 
 struct Work {
@@ -175,7 +186,8 @@ struct Work {
                 source.read(group.t0, list.index[j], C, s.rows + n * W);
                 s.place[n++] = j;
             }
-            if (n) fold_in(group, 0, group.tokens, n, &list, s);
+            Ahead none{};
+            if (n) fold_in(group, 0, group.tokens, n, &list, none, s);
         }
     }
 
@@ -184,22 +196,26 @@ struct Work {
         for (int64_t k0 = 0; k0 < K; k0 += SPLIT) {
             int64_t n = 0;
             for (int64_t k = k0; k < std::min(K, k0 + SPLIT); ++k) {
-                if (k + AHEAD < K && index[k + AHEAD] >= 0) source.ask(t, index[k + AHEAD]);
+                if (k + AHEAD < K) source.ask<true>(t, index[k + AHEAD]);
                 if (index[k] >= 0) source.read(t, index[k], C, s.rows + n++ * W);
             }
-            if (n) fold_in(group, g, g + 1, n, nullptr, s);
+            Ahead next{&source, t, index + std::min(K, k0 + SPLIT), index + std::min(K, k0 + 2 * SPLIT)};
+            if (n) fold_in(group, g, g + 1, n, nullptr, next, s);
         }
     }
 
     // The n keys in s.rows, for tokens g0 .. g1 of a group: all of them, or of a list what each sees.
-    void fold_in(const Group& group, int64_t g0, int64_t g1, int64_t n, const List* list, const State& s) const {
+    void fold_in(const Group& group, int64_t g0, int64_t g1, int64_t n, const List* list, Ahead& next, const State& s) const {
         const int64_t lanes = group.lanes(), heads = group.heads, words = W / 2;
         const int64_t l0 = g0 * heads, l1 = g1 * heads;
         const int64_t s0 = l0 / LANES * LANES, strips = (l1 - s0 + LANES - 1) / LANES;  // whole strips that have them
         for (int64_t k = 0; k < n; ++k) std::fill_n(s.score + k * lanes + s0, strips * LANES, 0.0f);
-        for (int64_t w = 0; w < words; w += SEGMENT)  // the queries of a segment stay in a core's first cache
+        const int64_t turns = (words + SEGMENT - 1) / SEGMENT + (W + BLOCK - 1) / BLOCK, each = (SPLIT + turns - 1) / turns;
+        for (int64_t w = 0; w < words; w += SEGMENT) {  // the queries of a segment stay in a core's first cache
+            next.ask(each);
             multiply_pairs(reinterpret_cast<const uint32_t*>(s.rows) + w, words, s.query + w * lanes + s0, lanes,
                            std::min(SEGMENT, words - w), s.score + s0, lanes, n, strips);
+        }
         if (list)
             for (int64_t g = g0; g < g1; ++g)
                 for (int64_t k = 0; k < n; ++k)
@@ -212,6 +228,7 @@ struct Work {
         }
         if (n % 2) std::fill_n(s.rows + n * W, W, static_cast<uint16_t>(0));
         for (int64_t c = 0; c < W; c += BLOCK) {
+            next.ask(each);
             const int64_t block = std::min(BLOCK, W - c);
             for (int64_t i = 0; i < pairs; ++i)
                 interleave(s.rows + 2 * i * W + c, s.rows + (2 * i + 1) * W + c, block, s.values + i * block);
