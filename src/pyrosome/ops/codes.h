@@ -23,6 +23,18 @@ LANE F16 dot2(F16 acc, I16 a, F16 first_b, F16 second_b) {
     return fma(as_float(shl<16>(a)), second_b, acc);
 }
 
+// Eight pairs of what the high halves of 16 lanes hold.
+LANE void store_pairs(uint32_t* out, I16 bits) {
+#if PYROSOME_LEVEL == 2
+    const __m512i first = _mm512_and_si512(bits.v, _mm512_set1_epi64(0xFFFF0000)), second = _mm512_srli_epi64(bits.v, 48);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtepi64_epi32(_mm512_or_si512(first, second)));
+#else
+    uint32_t b[16];
+    istore(b, bits);
+    for (int i = 0; i < 8; ++i) out[i] = (b[2 * i] & 0xFFFF0000u) | b[2 * i + 1] >> 16;
+#endif
+}
+
 // Bits of the nearest bfloat16 in the high half of each lane (ties to even; subnormal gives zero; NaN stays NaN).
 LANE I16 round_bf16(F16 a) {
     const I16 bits = as_int(a), size = bits & iset1(0x7FFFFFFF);
@@ -169,10 +181,14 @@ LANE float group_scale(int32_t size_bits, float floor, float largest) {
 LANE int32_t largest_bits(const F16* v, int count) {
     I16 top = iset1(0);
     for (int i = 0; i < count; ++i) top = max(top, as_int(v[i]) & iset1(0x7FFFFFFF));
+#if PYROSOME_LEVEL == 2
+    return _mm512_reduce_max_epi32(top.v);
+#else
     int32_t l[16], r = 0;
     istore(l, top);
     for (int i = 0; i < 16; ++i) r = l[i] > r ? l[i] : r;
     return r;
+#endif
 }
 
 LANE F16 signed_as(F16 size, F16 v) {  // a zero that came from below is -0

@@ -1,7 +1,4 @@
 // Routed experts: the pairs (token, expert) sorted by expert, so that each expert's weights are read once.
-#include <memory>
-#include <vector>
-
 #include "../tiles.h"
 
 namespace {
@@ -38,11 +35,13 @@ void product(const Weight& w, int64_t tile, const Rows& rows, float* const* y) {
 // Calls run(expert, tile) for every expert that has pairs and every tile of its N outputs.
 template <class F>
 void each_tile(const int64_t* first, int64_t E, int64_t N, int threads, F run) {
-    std::vector<int64_t> used;
+    Scratch scratch;
+    auto* used = scratch.take<int64_t>(E);
+    int64_t count = 0;
     for (int64_t e = 0; e < E; ++e)
-        if (first[e + 1] > first[e]) used.push_back(e);
+        if (first[e + 1] > first[e]) used[count++] = e;
     const int64_t tiles = num_tiles(N);
-    parallel(static_cast<int64_t>(used.size()) * tiles, threads, [&](int64_t part) { run(used[part / tiles], part % tiles); });
+    parallel(count * tiles, threads, [&](int64_t part) { run(used[part / tiles], part % tiles); });
 }
 
 constexpr int64_t SHARDS = 8;

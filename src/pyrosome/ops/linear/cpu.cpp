@@ -24,8 +24,41 @@ struct BFloatRows {
     }
 };
 
-template <class R, int MR, int NR>
+// y[i][n + j] = sum[i][j] folded.  Sixteen at once share their shuffles; each is added up as `fold` does.
+template <int MR, int NR>
+LANE void put_folded(const F16 (&sum)[MR][NR], float* const* y, int64_t n) {
+#if PYROSOME_LEVEL == 2
+    if constexpr (MR == 4 && NR == 4) {
+        const auto halves = [](__m512 a, __m512 b) {  // 8 of a, 8 of b
+            return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xEE));
+        };
+        __m512 four[4];  // of output j: in its quarter i, four of row i
+        UNROLL for (int j = 0; j < 4; ++j) {
+            const __m512 a = halves(sum[0][j].v, sum[1][j].v), b = halves(sum[2][j].v, sum[3][j].v);
+            four[j] = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xDD));
+        }
+        const auto pairs = [](__m512 a, __m512 b) {
+            const __m512d c = _mm512_castps_pd(a), d = _mm512_castps_pd(b);
+            return _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(c, d)), _mm512_castpd_ps(_mm512_unpackhi_pd(c, d)));
+        };
+        const __m512 p = pairs(four[0], four[1]), q = pairs(four[2], four[3]);
+        const __m512 all = _mm512_add_ps(_mm512_shuffle_ps(p, q, 0x88), _mm512_shuffle_ps(p, q, 0xDD));
+        _mm_storeu_ps(y[0] + n, _mm512_castps512_ps128(all));
+        _mm_storeu_ps(y[1] + n, _mm512_extractf32x4_ps(all, 1));
+        _mm_storeu_ps(y[2] + n, _mm512_extractf32x4_ps(all, 2));
+        _mm_storeu_ps(y[3] + n, _mm512_extractf32x4_ps(all, 3));
+        return;
+    }
+#endif
+    UNROLL for (int i = 0; i < MR; ++i)
+        UNROLL for (int j = 0; j < NR; ++j) y[i][n + j] = fold(sum[i][j]);
+}
+
+// With `AHEAD` bytes, the NR rows are asked for so long before their use, in the order in which they lie: read by turns
+// alone they would not come one after the other.
+template <class R, int MR, int NR, int AHEAD = 0>
 void tile(const float* const* x, const typename R::Element* rows, float* const* y, int64_t n, int64_t K) {
+    constexpr int LINE = 64 / (LANES * sizeof(typename R::Element));  // vectors in it
     F16 sum[MR][NR];
     const float* from[MR];
     const typename R::Element* w[NR];
@@ -37,6 +70,8 @@ void tile(const float* const* x, const typename R::Element* rows, float* const* 
     for (; k + LANES <= K; k += LANES) {
         F16 wide[NR];
         UNROLL for (int j = 0; j < NR; ++j) {
+            if (AHEAD && j % LINE == 0)
+                __builtin_prefetch(reinterpret_cast<const char*>(rows + k * NR + j * LANES) + AHEAD, 0, 2);  // second cache
             wide[j] = R::at(w[j] + k);
         }
         UNROLL for (int i = 0; i < MR; ++i) {
@@ -45,19 +80,19 @@ void tile(const float* const* x, const typename R::Element* rows, float* const* 
         }
     }
     if (k < K)
-        for (int i = 0; i < MR; ++i) {
+        UNROLL for (int i = 0; i < MR; ++i) {
             const F16 in = load_part(from[i] + k, K - k);
-            for (int j = 0; j < NR; ++j) sum[i][j] = fma(in, R::part(w[j] + k, K - k), sum[i][j]);
+            UNROLL for (int j = 0; j < NR; ++j) sum[i][j] = fma(in, R::part(w[j] + k, K - k), sum[i][j]);
         }
-    UNROLL for (int i = 0; i < MR; ++i)
-        UNROLL for (int j = 0; j < NR; ++j) y[i][n + j] = fold(sum[i][j]);
+    put_folded(sum, y, n);
 }
 
 #if PYROSOME_LEVEL == 2
-constexpr int MB = 4, NB = 4;
+constexpr int MB = 4, NB = 4, STREAM = 8;  // rows and outputs of a tile; outputs of one for a single row of x
 #else
-constexpr int MB = 2, NB = 2;
+constexpr int MB = 2, NB = 2, STREAM = 1;
 #endif
+constexpr int64_t LONG = 2048;  // inputs from which sums wait for themselves: outputs then go STREAM at a time
 
 // Covers M rows and outputs n0..n1 with tiles; which tile computes an output does not change it.  Rows go in blocks that
 // a core's second cache keeps while w streams by.
@@ -69,8 +104,11 @@ void cover(const float* const* x, const typename R::Element* w, float* const* y,
         const int64_t m1 = std::min(M, m0 + rows);
         int64_t n = n0;
         const typename R::Element* at = w;
-        if (m1 - m0 == 1)  // one stream: memory is what takes time
+        if (m1 - m0 == 1) {  // memory is what takes time
+            for (; K >= LONG && n + STREAM <= n1; n += STREAM, at += STREAM * K)
+                tile<R, 1, STREAM, STREAM == 1 ? 0 : 32768>(x + m0, at, y + m0, n, K);
             for (; n < n1; ++n, at += K) tile<R, 1, 1>(x + m0, at, y + m0, n, K);
+        }
         for (; n + NB <= n1; n += NB, at += NB * K) {
             int64_t m = m0;
             for (; m + MB <= m1; m += MB) tile<R, MB, NB>(x + m, at, y + m, n, K);
