@@ -164,41 +164,6 @@ void block_rows(const uint32_t* w, int pairs, int64_t groups, int last, const F1
     if (MANY > 1 && m < M) block<X, 1, NV>(w, pairs, groups, last, scale, x + m, acc + m * ldacc, ldacc);
 }
 
-// acc += sum of MR rows by `pairs` pairs of NV strips.
-template <int MR, int NV>
-void pair_block(const uint32_t* x, int64_t ldx, const uint32_t* w, int64_t pairs, float* acc, int64_t ldacc) {
-    F16 sum[MR][NV];
-    UNROLL for (int m = 0; m < MR; ++m)
-        UNROLL for (int v = 0; v < NV; ++v) sum[m][v] = zero();
-    const uint32_t* at[MR];
-    UNROLL for (int m = 0; m < MR; ++m) at[m] = x + m * ldx;
-    UNROLL2 for (int64_t p = 0; p < pairs; ++p, w += NV * STRIP) {
-        I16 wide[NV];
-        UNROLL for (int v = 0; v < NV; ++v) wide[v] = iload(w + v * STRIP);
-        UNROLL for (int m = 0; m < MR; ++m)
-            UNROLL for (int v = 0; v < NV; ++v)
-                sum[m][v] = dot2(sum[m][v], wide[v], iset1(static_cast<int32_t>(at[m][p])));
-    }
-    UNROLL for (int m = 0; m < MR; ++m)
-        UNROLL for (int v = 0; v < NV; ++v) {
-            float* to = acc + m * ldacc + v * STRIP;
-            store(to, load(to) + sum[m][v]);
-        }
-}
-
-#if PYROSOME_LEVEL == 2
-constexpr int WIDE = 4;  // rows of a block whose sums alone are held in registers
-#else
-constexpr int WIDE = 1;
-#endif
-
-template <int NV>
-void pair_rows(const uint32_t* x, int64_t ldx, const uint32_t* w, int64_t pairs, float* acc, int64_t ldacc, int64_t M) {
-    int64_t m = 0;
-    for (; m + WIDE <= M; m += WIDE) pair_block<WIDE, NV>(x + m * ldx, ldx, w, pairs, acc + m * ldacc, ldacc);
-    for (; m < M; ++m) pair_block<1, NV>(x + m * ldx, ldx, w, pairs, acc + m * ldacc, ldacc);
-}
-
 template <class X>
 const typename X::Word* row_of(const Inputs& x, int64_t run, int64_t m);
 template <>
@@ -329,11 +294,6 @@ int64_t tiled_bytes(int64_t format, int64_t N, int64_t K) {
 void multiply_tile(const Weight& w, int64_t tile, const Inputs& x, const int32_t* row, int64_t count, float* const* y) {
     if (w.format == FP4) tile_product<FP4Codes>(w, tile, x, row, count, y);
     else tile_product<FP8Codes>(w, tile, x, row, count, y);
-}
-
-void multiply_pairs(const uint32_t* x, int64_t ldx, const uint32_t* w, int64_t pairs, float* acc, int64_t ldacc, int64_t M,
-                    int64_t strips) {
-    strips == 4 ? pair_rows<4>(x, ldx, w, pairs, acc, ldacc, M) : pair_rows<2>(x, ldx, w, pairs, acc, ldacc, M);
 }
 
 void prepare_row(const float* x, int64_t K, bool rounds, Inputs to, int64_t m) {

@@ -10,6 +10,7 @@
 
 constexpr int64_t TILE = 64, STRIP = 16;  // outputs of a tile, and of one vector of lanes
 constexpr int64_t RUN = 128;              // inputs that a prepared row keeps together
+constexpr int64_t ROW_BLOCK = 384;        // rows that meet all tiles before the next ones: the last cache keeps them
 
 // Inputs of M rows, prepared once for all outputs: [K / 128][M][64 pairs], bfloat16 pairs or pairs of floats.
 struct Inputs {
@@ -18,6 +19,9 @@ struct Inputs {
     bool floats;
     const uint32_t* pairs(int64_t run, int64_t m) const { return static_cast<const uint32_t*>(data) + (run * M + m) * 64; }
     const float* values(int64_t run, int64_t m) const { return static_cast<const float*>(data) + (run * M + m) * 128; }
+    Inputs from(int64_t m) const {  // the same without the rows before m
+        return {static_cast<const char*>(data) + m * (floats ? 512 : 256), M, floats};
+    }
     static int64_t bytes(int64_t M, int64_t K, bool floats) { return (K + RUN - 1) / RUN * M * (floats ? 512 : 256); }
 };
 
@@ -36,9 +40,3 @@ void pack_tile(const Weight& w, int64_t tile, uint8_t* out, bool past_caches);
 
 // y[i][0 .. min(64, N - 64 tile)) for `count` rows: of inputs row[i] (row i where `row` is null), at addresses y[i].
 void multiply_tile(const Weight& w, int64_t tile, const Inputs& x, const int32_t* row, int64_t count, float* const* y);
-
-// One block of a product of bfloat16 pairs, for other kernels: acc[m][n] += sum_k x[m][k] w[k][n] over `pairs` pairs in
-// order, for M rows (x: ldx words apart) and 2 or 4 strips of 16 outputs (w: [pairs][strips * 16] words); acc is ldacc
-// floats apart.  Each sum begins at zero and is then added to acc.
-void multiply_pairs(const uint32_t* x, int64_t ldx, const uint32_t* w, int64_t pairs, float* acc, int64_t ldacc, int64_t M,
-                    int64_t strips);

@@ -32,16 +32,22 @@ void product(const Weight& w, int64_t tile, const Rows& rows, float* const* y) {
     dot_rows(rows.plain, w, at, rows.count, n0, std::min(w.N, n0 + TILE));
 }
 
-// Calls run(expert, tile) for every expert that has pairs and every tile of its N outputs.
+// Calls run(expert, p0, p1, tile) for every block of rows p0 .. p1 of every expert, and every tile of its N outputs.
 template <class F>
 void each_tile(const int64_t* first, int64_t E, int64_t N, int threads, F run) {
+    struct Block {
+        int64_t expert, low, high;
+    };
     Scratch scratch;
-    auto* used = scratch.take<int64_t>(E);
+    auto* blocks = scratch.take<Block>(E + first[E] / ROW_BLOCK);
     int64_t count = 0;
     for (int64_t e = 0; e < E; ++e)
-        if (first[e + 1] > first[e]) used[count++] = e;
+        for (int64_t p = first[e]; p < first[e + 1]; p += ROW_BLOCK) blocks[count++] = {e, p, std::min(p + ROW_BLOCK, first[e + 1])};
     const int64_t tiles = num_tiles(N);
-    parallel(count * tiles, threads, [&](int64_t part) { run(used[part / tiles], part % tiles); });
+    parallel(count * tiles, threads, [&](int64_t part) {
+        const Block& b = blocks[part / tiles];
+        run(b.expert, b.low, b.high, part % tiles);
+    });
 }
 
 constexpr int64_t SHARDS = 8;
@@ -101,12 +107,11 @@ void up(const float* x, int64_t T, const int64_t* order, int64_t K, const int64_
         token[p] = static_cast<int32_t>(order ? order[p] / K : p);
         from[p] = x + token[p] * D;
     }
-    each_tile(first, E, I, threads, [&](int64_t e, int64_t tile) {
-        const int64_t at = first[e], M = first[e + 1] - at, n0 = tile * TILE, N = std::min(TILE, I - n0);
+    each_tile(first, E, I, threads, [&](int64_t e, int64_t at, int64_t end, int64_t tile) {
+        const int64_t M = end - at, n0 = tile * TILE, N = std::min(TILE, I - n0);
         Scratch own;
         auto* raised = own.take<float>(M * TILE);
-        auto** gate_to = own.take<float*>(M);
-        auto** up_to = own.take<float*>(M);
+        float *gate_to[ROW_BLOCK], *up_to[ROW_BLOCK];
         for (int64_t m = 0; m < M; ++m) gate_to[m] = h + (at + m) * I + n0, up_to[m] = raised + m * TILE;
         const Rows rows{from + at, &inputs, token + at, M};
         product(w1.of(e), tile, rows, gate_to);
@@ -127,10 +132,9 @@ void down(const float* h, const int64_t* first, int64_t E, const Weight& w2, flo
     auto* place = scratch.take<int32_t>(P);
     auto** from = scratch.take<const float*>(P);
     for (int64_t p = 0; p < P; ++p) place[p] = static_cast<int32_t>(p), from[p] = h + p * I;
-    each_tile(first, E, D, threads, [&](int64_t e, int64_t tile) {
-        const int64_t at = first[e], M = first[e + 1] - at;
-        Scratch own;
-        auto** to = own.take<float*>(M);
+    each_tile(first, E, D, threads, [&](int64_t e, int64_t at, int64_t end, int64_t tile) {
+        const int64_t M = end - at;
+        float* to[ROW_BLOCK];
         for (int64_t m = 0; m < M; ++m) to[m] = rows + (at + m) * D + tile * TILE;
         product(w2.of(e), tile, {from + at, &inputs, place + at, M}, to);
     });

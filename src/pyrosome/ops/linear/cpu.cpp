@@ -166,20 +166,22 @@ EXPORT void pyrosome_linear(const float* x, int64_t ldx, int64_t M, const Produc
         inputs.data = scratch.take<char>(Inputs::bytes(M, K, !rounds));
         prepare_rows(x, ldx, M, K, rounds, inputs, threads);
     }
-    parallel(parts, threads, [&](int64_t part) {
+    const int64_t blocks = (M + ROW_BLOCK - 1) / ROW_BLOCK;
+    parallel(blocks * parts, threads, [&](int64_t at) {
+        const int64_t m0 = at / parts * ROW_BLOCK, count = std::min(ROW_BLOCK, M - m0);
+        int64_t part = at % parts;
         const Product* p = products;
         for (int64_t tiles; part >= (tiles = (p->weight->N + PART - 1) / PART); part -= tiles) ++p;
         const Weight& w = *p->weight;
         const int64_t n0 = part * PART, n1 = std::min(w.N, n0 + PART);
-        Scratch own;
-        auto** y = own.take<float*>(M);
+        float* y[ROW_BLOCK];
         if (w.format == FP4 || w.format == FP8) {
-            for (int64_t m = 0; m < M; ++m) y[m] = p->y + m * p->ldy + n0;
-            multiply_tile(w, part, inputs, nullptr, M, y);
+            for (int64_t m = 0; m < count; ++m) y[m] = p->y + (m0 + m) * p->ldy + n0;
+            multiply_tile(w, part, inputs.from(m0), nullptr, count, y);
         } else {
-            auto** from = own.take<const float*>(M);
-            for (int64_t m = 0; m < M; ++m) y[m] = p->y + m * p->ldy, from[m] = x + m * ldx;
-            dot_rows(from, w, y, M, n0, n1);
+            const float* from[ROW_BLOCK];
+            for (int64_t m = 0; m < count; ++m) y[m] = p->y + (m0 + m) * p->ldy, from[m] = x + (m0 + m) * ldx;
+            dot_rows(from, w, y, count, n0, n1);
         }
     });
 }
@@ -215,18 +217,19 @@ EXPORT void pyrosome_grouped_linear(const float* x, int64_t ldx, int64_t M, cons
         parallel(G, threads, [&](int64_t g) {
             for (int64_t m = 0; m < M; ++m) prepare_row(x + m * ldx + g * K, K, false, {prepared + g * each, M, floats}, m);
         });
-    parallel(G * tiles, threads, [&](int64_t part) {
-        const int64_t g = part / tiles, n0 = part % tiles * PART, n1 = std::min(N, n0 + PART);
+    const int64_t blocks = (M + ROW_BLOCK - 1) / ROW_BLOCK;
+    parallel(G * blocks * tiles, threads, [&](int64_t part) {
+        const int64_t g = part / tiles / blocks, m0 = part / tiles % blocks * ROW_BLOCK, count = std::min(ROW_BLOCK, M - m0);
+        const int64_t tile = part % tiles, n0 = tile * PART, n1 = std::min(N, n0 + PART);
         const Weight w = stack->of(g);
-        Scratch own;
-        auto** to = own.take<float*>(M);
+        float* to[ROW_BLOCK];
         if (quantised) {
-            for (int64_t m = 0; m < M; ++m) to[m] = y + (m * G + g) * N + n0;
-            multiply_tile(w, part % tiles, {prepared + g * each, M, floats}, nullptr, M, to);
+            for (int64_t m = 0; m < count; ++m) to[m] = y + ((m0 + m) * G + g) * N + n0;
+            multiply_tile(w, tile, Inputs{prepared + g * each, M, floats}.from(m0), nullptr, count, to);
         } else {
-            auto** from = own.take<const float*>(M);
-            for (int64_t m = 0; m < M; ++m) to[m] = y + (m * G + g) * N, from[m] = x + m * ldx + g * K;
-            dot_rows(from, w, to, M, n0, n1);
+            const float* from[ROW_BLOCK];
+            for (int64_t m = 0; m < count; ++m) to[m] = y + ((m0 + m) * G + g) * N, from[m] = x + (m0 + m) * ldx + g * K;
+            dot_rows(from, w, to, count, n0, n1);
         }
     });
 }
