@@ -1,11 +1,16 @@
 """Captured decode steps: the bits of plain ones, whatever comes between, and plain ones wherever capture cannot be."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from pyrosome.engine import graphs
 from pyrosome.engine.runner import Runner
-from pyrosome.ops import native
+from pyrosome.model.deepseek_v4 import Rotations
+from pyrosome.model.step import Span, Step
+from pyrosome.ops import native, toolchain
+from pyrosome.ops.rope import frequencies, rotation
 from pyrosome.ops.route import route
 from pyrosome.ops.seam import use
 from tests.golden.vectors import ids, model
@@ -58,8 +63,7 @@ def test_sequences_come_and_go_between_captured_steps():
     for step in range(150):
         taken = [i for i in range(4) if (step // 10 + i) % 4 or step < 30]
         x, y = (
-            r.step([(s[i], [prompts[i][s[i].length]]) for i in taken])
-            for r, s in zip((ours, plain), held, strict=True)
+            r.step([(s[i], [prompts[i][s[i].length]]) for i in taken]) for r, s in zip((ours, plain), held, strict=True)
         )
         assert all(torch.equal(p, q) for p, q in zip(x, y, strict=True)), step
         if step == 80:  # another sequence in the place of one that left
@@ -125,3 +129,46 @@ def test_long_spans_and_large_batches_are_run_plainly(monkeypatch):
         ours.step([(s, [7]) for s in held])
         ours.step([(held[0], [7, 8])])
     assert not ours.graphs.kept
+
+
+@pytest.mark.parametrize("level", toolchain.supported())
+@pytest.mark.parametrize("positions", [[0], [127], [4_095, 3, 3, 127, 511], [1_000_003, 255, 7, 8, 0, 2, 1]])
+def test_what_is_derived_of_a_step_is_what_the_step_itself_says(positions, level):
+    slots = torch.randperm(len(positions)).add(1).tolist()
+    floors = [max(0, p - 9) * (i % 2) for i, p in enumerate(positions)]
+    spans = [
+        Span(slot, p, [i + 3], floor) for i, (slot, p, floor) in enumerate(zip(slots, positions, floors, strict=True))
+    ]
+    step, frequency = Step.of(spans), frequencies(10_000.0, 64, None)
+    pages = torch.randint(1, 999, (len(positions) + 1, -(-max(positions) // (4 * 64)) + 1))
+    tables = torch.randint(0, 99, (20, 6))
+    step.picked(tables, "ids_T"), step.picked(pages, "slot_B"), step.window_index(128, 136), step.window_index(16, 16)
+    step.ring_place(136), step.flat_place(8), step.flat_place(128)
+    for ratio in (4, 128):
+        step.emit(ratio), step.visible_T(ratio), step.all_rows(ratio), step.page_place(pages, ratio)
+    with torch.no_grad(), native.use_level(level):
+        token = rotation(frequency, step.position_T)
+        turns = {r: Rotations(token, rotation(frequency, step.emit(r).end - (r - 1))) for r in (4, 128)}
+    wanted = [value for value, _ in step.derived.values()] + list(turns.values())
+    kinds = {key[0] for key in step.derived}
+    assert kinds == set(graphs._KINDS)  # nothing that a step derives is left out here
+    empty = [graphs._clone(value) for value in wanted]
+    told = []
+    for (make, *_), (_, about), buffers in zip(step.derived, step.derived.values(), empty, strict=False):
+        told.append(graphs._derived(make, about, buffers))
+    far = SimpleNamespace(rotary=SimpleNamespace(far=frequency, near=frequency))
+    told += graphs._rotations(far, dict(zip(turns, empty[len(step.derived) :], strict=True)))
+    for x in _tensors(empty):
+        x.fill_(-77)
+    kept = torch.empty_like(step.packed)
+    with native.use_level(level):
+        native.library().derive(
+            step.packed.data_ptr(), kept.data_ptr(), len(spans), (graphs.Derived * len(told))(*told), len(told)
+        )
+    assert torch.equal(kept, step.packed)
+    for ours, theirs in zip(_tensors(empty), _tensors(wanted), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def _tensors(value):
+    return [value] if isinstance(value, torch.Tensor) else [x for part in value for x in _tensors(part)]

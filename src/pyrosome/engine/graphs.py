@@ -9,6 +9,7 @@ Nothing is captured that does not run wholly by native kernels: an operation of 
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import logging
 from collections import OrderedDict
@@ -25,6 +26,7 @@ from pyrosome.model.step import Step
 from pyrosome.ops import native
 
 log = logging.getLogger(__name__)
+_I, _P = ctypes.c_int64, ctypes.c_void_p
 MOST_TOKENS = 64  # of a step that is captured
 MOST_KEPT = 48  # captures; the one not used for longest goes
 CONTEXT_GRAIN = 512  # tokens: the bound on contexts is rounded up, so that it is the same for many steps
@@ -88,6 +90,38 @@ class StepGraphs:
         return any(self._hooks)
 
 
+class Derived(ctypes.Structure):
+    """One thing that is derived of a step: `Derived` of ops/derive.cpp."""
+
+    _fields_ = [("kind", _I), ("a", _I), ("b", _I), ("table", _P), ("width", _I), ("out", _P * 4), ("count", _I)]
+
+
+EMIT, VISIBLE, ALL_ROWS, WINDOW_INDEX, RING_PLACE, FLAT_PLACE, PICKED, PAGE_PLACE, ROTATION = range(9)
+_KINDS = {
+    Step._emit: EMIT, Step._visible: VISIBLE, Step._all_rows: ALL_ROWS, Step._window_index: WINDOW_INDEX,
+    Step._ring_place: RING_PLACE, Step._flat_place: FLAT_PLACE, Step._picked: PICKED, Step._page_place: PAGE_PLACE,
+}  # fmt: skip
+
+
+def _derived(make: Any, about: tuple[Any, ...], buffers: Any) -> Derived:
+    """How the library fills the buffers of what `make` derives.
+
+    Raises:
+        Uncapturable: it does not know how.
+    """
+    outs: Any = [buffers] if isinstance(buffers, Tensor) else list(buffers)
+    tables = [x for x in about if isinstance(x, Tensor)]
+    if make not in _KINDS or not all(x.is_contiguous() for x in (*outs, *tables)):
+        raise Uncapturable(f"{make.__name__} of a step")
+    told = Derived(kind=_KINDS[make], width=outs[0].shape[-1], count=outs[0].shape[0])
+    told.out[:] = [x.data_ptr() for x in outs] + [0] * (4 - len(outs))
+    if tables:
+        told.table, told.width = tables[0].data_ptr(), tables[0][0].numel()
+    numbers = [int(x == "slot_B") if isinstance(x, str) else x for x in about if not isinstance(x, Tensor)]
+    told.a, told.b = (*numbers, 0, 0)[:2]
+    return told
+
+
 @dataclasses.dataclass
 class Graph:
     """One captured step: the calls, the buffers they read the step from, and all else they touch."""
@@ -95,7 +129,7 @@ class Graph:
     model: DeepseekV4
     calls: list[tuple[Callable[..., Any], tuple[Any, ...]]]
     shadow: Step
-    turns: dict[int, Rotations]
+    derived: Any  # array of Derived
     first: Tensor  # streams before the first layer
     last: Tensor
     held: list[object]
@@ -106,11 +140,9 @@ class Graph:
         Raises:
             EngineError: a kernel refused what it was given.
         """
-        _fill(self.shadow, step)
-        for key, (buffers, about) in self.shadow.derived.items():
-            _copy(buffers, key[0](step, *about))
-        for ratio, turns in self.model.rotary(step, set(self.turns)).items():
-            _copy(self.turns[ratio], turns)
+        packed, kept = step.packed, self.shadow.packed
+        assert packed is not None and kept is not None
+        native.library().derive(packed.data_ptr(), kept.data_ptr(), len(step.layout), self.derived, len(self.derived))
         self.first.copy_(_first_streams(self.model, step))
         for function, arguments in self.calls:
             if function(*arguments):
@@ -127,12 +159,17 @@ def capture(model: DeepseekV4, pool: CachePool, step: Step, seen: Step) -> tuple
     layers = range(len(model.layers))
     ratios = {model.config.layer_ratios[i] for i in layers}
     step.derive_like(seen)  # before: there operations of torch may compute
+    assert step.packed is not None
+    packed = step.packed.clone()
     shadow = dataclasses.replace(
         step,
         derived={key: (_clone(value), about) for key, (value, about) in step.derived.items()},
-        **{name: getattr(step, name).clone() for name in _TENSORS},
+        packed=packed,
+        **dict(zip(_TENSORS, packed.split(len(step.layout)), strict=True)),
     )
     turns = {r: _clone(t) for r, t in model.rotary(step, ratios).items()}
+    told = [_derived(key[0], about, value) for key, (value, about) in shadow.derived.items()]
+    told += _rotations(model, turns)
     first = _first_streams(model, step).clone()
     known = set(shadow.derived)
     with native.recording() as recorder, _Watch() as watch:
@@ -142,7 +179,8 @@ def capture(model: DeepseekV4, pool: CachePool, step: Step, seen: Step) -> tuple
             streams = block(streams, shadow, turns[block.ratio], cache[i], model.bank, scores)  # type: ignore[index]
     if set(shadow.derived) != known:
         raise Uncapturable("something of the step that was not foreseen")
-    graph = Graph(model, recorder.calls, shadow, turns, first, streams, watch.held)
+    held = [*watch.held, turns]
+    graph = Graph(model, recorder.calls, shadow, (Derived * len(told))(*told), first, streams, held)
     return graph, streams.clone()
 
 
@@ -153,9 +191,19 @@ def _first_streams(model: DeepseekV4, step: Step) -> Tensor:
     return model.embed_ids(step.ids_T)[:, None].expand(-1, model.config.hc_mult, -1)
 
 
-def _fill(shadow: Step, step: Step) -> None:
-    for name in _TENSORS:
-        getattr(shadow, name).copy_(getattr(step, name))
+def _rotations(model: DeepseekV4, turns: dict[int, Rotations]) -> list[Derived]:
+    """How the library turns the step's tokens, and the rows that end in it, for the layers of each ratio."""
+    out = []
+    for ratio, (token, emitted) in turns.items():
+        frequency: Any = model.rotary.far if ratio else model.rotary.near
+        for at, turn in ((0, token), (ratio, emitted)):
+            if turn is not None:
+                told = Derived(
+                    kind=ROTATION, a=at, table=frequency.data_ptr(), width=turn.shape[1], count=turn.shape[0]
+                )
+                told.out[0] = turn.data_ptr()
+                out.append(told)
+    return out
 
 
 def _clone(value: Any) -> Any:
@@ -163,14 +211,6 @@ def _clone(value: Any) -> Any:
         return value if value is None else value.clone()
     parts = [_clone(x) for x in value]
     return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
-
-
-def _copy(buffers: Any, values: Any) -> None:
-    if isinstance(buffers, Tensor):
-        buffers.copy_(values)
-    elif buffers is not None:
-        for buffer, value in zip(buffers, values, strict=True):
-            _copy(buffer, value)
 
 
 class _Watch(TorchDispatchMode):

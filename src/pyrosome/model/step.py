@@ -45,6 +45,7 @@ class Step:
     floor_B: Tensor  # positions below have no state rows
     is_replay: bool = False  # rebuilds state from rows of history that are there: it writes none
     adapter_T: Tensor | None = None  # which named adapter a token uses; None for none
+    packed: Tensor | None = dataclasses.field(default=None, repr=False)  # what the first seven are views of
     derived: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = dataclasses.field(default_factory=dict, repr=False)
 
     @classmethod
@@ -82,22 +83,19 @@ class Step:
         extents = [(s.start, s.start + len(s.ids)) for s in spans] + [(0, 0)] * (len(rooms) - len(spans))
         slots = [s.slot for s in spans] + [0] * (len(rooms) - len(spans))
 
-        def tensor(values: list[int]) -> Tensor:
-            return torch.tensor(values, dtype=torch.int64, device=device)
-
+        fields = [ids, position, span, slots, [start for start, _ in extents], [stop for _, stop in extents]]
+        fields.append([s.floor for s in spans] + [0] * (len(rooms) - len(spans)))
+        packed = torch.tensor([x for field in fields for x in field], dtype=torch.int64, device=device)  # one transfer
+        ids_T, position_T, span_T, slot_B, start_B, stop_B, floor_B = packed.split([len(field) for field in fields])
         return cls(
-            tensor(ids),
-            tensor(position),
-            tensor(span),
-            tensor(slots),
-            tensor([start for start, _ in extents]),
-            tensor([stop for _, stop in extents]),
-            tuple(layout),
-            max([context] + [stop for _, stop in extents]),
-            tuple(extents) if rooms == [len(s.ids) for s in spans] else None,
-            tensor([s.floor for s in spans] + [0] * (len(rooms) - len(spans))),
-            is_replay,
-        )
+            ids_T, position_T, span_T, slot_B, start_B, stop_B,
+            layout=tuple(layout),
+            context=max([context] + [stop for _, stop in extents]),
+            mirror=tuple(extents) if rooms == [len(s.ids) for s in spans] else None,
+            floor_B=floor_B,
+            is_replay=is_replay,
+            packed=packed,
+        )  # fmt: skip
 
     @property
     def device(self) -> torch.device:

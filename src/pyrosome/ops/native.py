@@ -58,6 +58,7 @@ _SIGNATURES = {
     "hyper_connection_head": (_P, _P, _P, _P, _P, _I, _N, _I, _F, _F),
     "swiglu": (_P, _P, _P, _I, _F),
     "affinity": (_P, _P, _I),
+    "derive": (_P, _P, _I, _P, _I),
     "rotation": (_P, _P, _P, _I, _I),
     "rope": (_P, _P, _P, _I, _I, _I, _I, _F, _N),
     "sparse_attention": (_P, _P, _P, _P, _P, _P, _I, _I, _I, _I, _F, _N),
