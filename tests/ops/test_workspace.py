@@ -45,6 +45,10 @@ def test_about_the_same_size_will_do_and_another_will_not():
     del a
     near = empty(LARGE // 8 * 9 - 16, like=torch.empty(0))  # both are rounded up
     assert near.data_ptr() == at and kept_bytes() == 0
+    del near
+    less = empty(LARGE, like=torch.empty(0))  # two thirds of a block are enough
+    assert less.data_ptr() == at and kept_bytes() == 0
+    del less
     assert empty(2 * LARGE, like=torch.empty(0)).data_ptr() != at
 
 

@@ -145,6 +145,7 @@ class Attention(nn.Module):
             latent_TL, [(w.value, w.prepare) for w in self._read_latent], self.q_norm.weight, self.eps
         )
         q_THC = norm_rope(q_TX.view(-1, self.heads, self.width), None, turns.token, self.eps)
+        del q_TX  # a prompt's queries are large
         row_TC = norm_rope(row_TC, self.kv_norm.weight, turns.token, self.eps, self.numerics.kv)
         # As it will be read back: a span's own queries see what the spans after it will.
         row_TC = cache.stored(row_TC)
@@ -160,6 +161,7 @@ class Attention(nn.Module):
             else:
                 parts.append((rows, step.all_rows(self.ratio)))
         o_THC = attention(q_THC, parts, self.attn_sink, turns.token).to(x_TD.dtype)
+        del q_THC
         cache.keep_window(row_TC)  # after it was read: a long span overwrites what its own first queries need
         z_TGO = grouped_linear(o_THC.view(o_THC.shape[0], self.groups, -1), self.wo_a.value)
         return self.wo_b(z_TGO.flatten(1))  # type: ignore[no-any-return]
@@ -364,7 +366,7 @@ class DeepseekV4(nn.Module):
         cache = fresh_layers(step, len(self.layers)) if cache is None else cache
         turns = self.rotary(step, {self.config.layer_ratios[i] for i in layers})
         if streams is None:
-            streams = self.embed_ids(step.ids_T)[:, None].expand(-1, self.config.hc_mult, -1)
+            streams = self.embed_ids(step.ids_T)[:, None].expand(-1, self.config.hc_mult, -1).contiguous()
         kept: dict[int, Tensor] = {}
         scores: list[tuple[Tensor, Tensor]] = []
         for i in layers:

@@ -29,9 +29,8 @@ def empty(*shape: int, like: Tensor) -> Tensor:
     size = math.prod(shape) * like.element_size()
     if size < LEAST_BYTES or like.device.type != "cpu":
         return like.new_empty(shape)
-    step = 1 << (size.bit_length() - 4)  # an eighth to a sixteenth of it
-    room = -(-size // step) * step
-    lease = _lease_of(room).from_address((block := _take(room)).data_ptr())
+    block = _take(size)
+    lease = _lease_of(block.nbytes).from_address(block.data_ptr())
     lease.block = block
     return torch.frombuffer(lease, dtype=like.dtype, count=math.prod(shape)).view(shape)
 
@@ -59,12 +58,15 @@ def kept_bytes() -> int:
     return sum(room * len(blocks) for room, blocks in _free.items())
 
 
-def _take(room: int) -> Tensor:
-    try:
-        return _free[room].pop()[1]
-    except (KeyError, IndexError):
-        give_back(KEPT_S)
-        return native.empty_pages(room)
+def _take(size: int) -> Tensor:
+    for room in sorted(r for r, blocks in list(_free.items()) if blocks and size <= r <= size * 3 // 2):
+        try:
+            return _free[room].pop()[1]
+        except (KeyError, IndexError):  # another thread was faster
+            continue
+    give_back(KEPT_S)
+    step = 1 << (size.bit_length() - 4)  # an eighth to a sixteenth of it
+    return native.empty_pages(-(-size // step) * step)
 
 
 @functools.cache

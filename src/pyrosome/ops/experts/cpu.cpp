@@ -51,6 +51,7 @@ void each_tile(const int64_t* first, int64_t E, int64_t N, int threads, F run) {
 }
 
 constexpr int64_t SHARDS = 8;
+constexpr int64_t ROWS_EACH = 128;  // rows that make little of reading and spreading an expert's weights
 
 struct Term {  // a row [D] that a token's sum is made of
     const float* row;
@@ -140,22 +141,52 @@ void down(const float* h, const int64_t* first, int64_t E, const Weight& w2, flo
     });
 }
 
-// Sorts the pairs of experts low..low + E, of `all`, by expert, stable; -1 is no expert.  order [P] holds pairs, first
-// [E + 1] each expert's first place in it.  Returns 0, or -1 - p where pair p names an expert there is not.
-int64_t plan(const int64_t* expert, int64_t P, int64_t low, int64_t E, int64_t all, int64_t* order, int64_t* first) {
-    const auto held = [&](int64_t p) { return expert[p] >= low && expert[p] < low + E; };
-    std::fill(first, first + E + 1, 0);
-    for (int64_t p = 0; p < P; ++p) {
-        if (expert[p] >= all) return -1 - p;
-        if (held(p)) ++first[expert[p] - low + 1];
-    }
-    for (int64_t e = 0; e < E; ++e) first[e + 1] += first[e];
-    Scratch scratch;
-    auto* next = scratch.take<int64_t>(E);
-    std::copy(first, first + E, next);
+// Experts low .. low + E of `all`, as stacks, and how they are run.
+struct Bank {
+    const Weight *w1, *w3, *w2;
+    int64_t low, E, all;
+    float limit;
+    int rounds, threads;
+};
+
+// Sorts the pairs of a bank's experts by expert, stable.  order [P] holds pairs, first [E + 1] each expert's first place
+// in it.
+void plan(const int64_t* expert, int64_t P, const Bank& bank, int64_t* order, int64_t* first) {
+    const auto held = [&](int64_t p) { return expert[p] >= bank.low && expert[p] < bank.low + bank.E; };
+    std::fill(first, first + bank.E + 1, 0);
     for (int64_t p = 0; p < P; ++p)
-        if (held(p)) order[next[expert[p] - low]++] = p;
-    return 0;
+        if (held(p)) ++first[expert[p] - bank.low + 1];
+    for (int64_t e = 0; e < bank.E; ++e) first[e + 1] += first[e];
+    Scratch scratch;
+    auto* next = scratch.take<int64_t>(bank.E);
+    std::copy(first, first + bank.E, next);
+    for (int64_t p = 0; p < P; ++p)
+        if (held(p)) order[next[expert[p] - bank.low]++] = p;
+}
+
+void visit(const Bank& bank, const float* x, int64_t T, int64_t K, const int64_t* expert, const float* weight, float* y) {
+    Scratch scratch;
+    auto* order = scratch.take<int64_t>(T * K);
+    auto* first = scratch.take<int64_t>(bank.E + 1);
+    plan(expert, T * K, bank, order, first);
+    const int64_t D = bank.w1->K, I = bank.w1->N, P = first[bank.E];
+    const int threads = worth(3 * P * D * I, bank.threads);
+    auto* h = scratch.take<float>(P * I);
+    auto* rows = scratch.take<float>(P * D);
+    up(x, T, order, K, first, bank.E, weight, *bank.w1, *bank.w3, h, bank.limit, bank.rounds, threads);
+    down(h, first, bank.E, *bank.w2, rows, bank.rounds, threads);
+    auto* count = scratch.take<int64_t>(T);
+    auto* terms = scratch.take<Term>(T * K);
+    std::fill(count, count + T, 0);
+    for (int64_t e = 0; e < bank.E; ++e)
+        for (int64_t place = first[e]; place < first[e + 1]; ++place) {
+            const int64_t t = order[place] / K;
+            terms[t * K + count[t]++] = {rows + place * D, (bank.low + e) * SHARDS / bank.all};
+        }
+    const int64_t strips = std::min<int64_t>(threads, T);
+    parallel(strips, threads, [&](int64_t s) {
+        for (int64_t t = T * s / strips; t < T * (s + 1) / strips; ++t) tree_sum(terms + t * K, count[t], y + t * D, D);
+    });
 }
 
 }  // namespace
@@ -166,28 +197,13 @@ int64_t plan(const int64_t* expert, int64_t P, int64_t low, int64_t E, int64_t a
 EXPORT int64_t pyrosome_routed_experts(const float* x, int64_t T, int64_t K, const int64_t* expert, int64_t low, int64_t E,
                                        int64_t all, const float* weight, const Weight* w1, const Weight* w3,
                                        const Weight* w2, float* y, float limit, int rounds, int threads) {
-    Scratch scratch;
-    auto* order = scratch.take<int64_t>(T * K);
-    auto* first = scratch.take<int64_t>(E + 1);
-    if (const int64_t bad = plan(expert, T * K, low, E, all, order, first)) return bad;
-    const int64_t D = w1->K, I = w1->N, P = first[E];
-    threads = worth(3 * P * D * I, threads);
-    auto* h = scratch.take<float>(P * I);
-    auto* rows = scratch.take<float>(P * D);
-    up(x, T, order, K, first, E, weight, *w1, *w3, h, limit, rounds, threads);
-    down(h, first, E, *w2, rows, rounds, threads);
-    auto* count = scratch.take<int64_t>(T);
-    auto* terms = scratch.take<Term>(T * K);
-    std::fill(count, count + T, 0);
-    for (int64_t e = 0; e < E; ++e)
-        for (int64_t place = first[e]; place < first[e + 1]; ++place) {
-            const int64_t t = order[place] / K;
-            terms[t * K + count[t]++] = {rows + place * D, (low + e) * SHARDS / all};
-        }
-    const int64_t strips = std::min<int64_t>(threads, T);
-    parallel(strips, threads, [&](int64_t s) {
-        for (int64_t t = T * s / strips; t < T * (s + 1) / strips; ++t) tree_sum(terms + t * K, count[t], y + t * D, D);
-    });
+    for (int64_t p = 0; p < T * K; ++p)
+        if (expert[p] >= all) return -1 - p;
+    const Bank bank{w1, w3, w2, low, E, all, limit, rounds, threads};
+    // As many tokens at a time as give an expert rows enough: what their pairs make is large, and is read again soon.
+    const int64_t block = std::max<int64_t>(256, ROWS_EACH * all / std::max<int64_t>(K, 1));
+    for (int64_t t = 0; t < T; t += block)
+        visit(bank, x + t * w1->K, std::min(block, T - t), K, expert + t * K, weight + t * K, y + t * w1->K);
     return 0;
 }
 

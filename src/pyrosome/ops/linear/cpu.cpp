@@ -208,28 +208,28 @@ EXPORT void pyrosome_grouped_linear(const float* x, int64_t ldx, int64_t M, cons
                                     int threads) {
     const int64_t N = stack->N, K = stack->K, tiles = (N + PART - 1) / PART;
     threads = worth(M * G * N * K, threads);
-    Scratch scratch;
     const bool quantised = stack->format == FP4 || stack->format == FP8;
     const bool floats = quantised && !is_narrow(x, ldx, M, G * K, threads);
-    const int64_t each = Inputs::bytes(M, K, floats);
-    char* prepared = quantised ? scratch.take<char>(G * each) : nullptr;
-    if (quantised)
-        parallel(G, threads, [&](int64_t g) {
-            for (int64_t m = 0; m < M; ++m) prepare_row(x + m * ldx + g * K, K, false, {prepared + g * each, M, floats}, m);
+    for (int64_t m0 = 0; m0 < M; m0 += ROW_BLOCK, x += ROW_BLOCK * ldx, y += ROW_BLOCK * G * N) {
+        const int64_t count = std::min(ROW_BLOCK, M - m0), each = Inputs::bytes(count, K, floats);
+        Scratch scratch;
+        char* prepared = quantised ? scratch.take<char>(G * each) : nullptr;
+        if (quantised)
+            parallel(G, threads, [&](int64_t g) {
+                for (int64_t m = 0; m < count; ++m) prepare_row(x + m * ldx + g * K, K, false, {prepared + g * each, count, floats}, m);
+            });
+        parallel(G * tiles, threads, [&](int64_t part) {
+            const int64_t g = part / tiles, tile = part % tiles, n0 = tile * PART, n1 = std::min(N, n0 + PART);
+            const Weight w = stack->of(g);
+            float* to[ROW_BLOCK];
+            if (quantised) {
+                for (int64_t m = 0; m < count; ++m) to[m] = y + (m * G + g) * N + n0;
+                multiply_tile(w, tile, {prepared + g * each, count, floats}, nullptr, count, to);
+            } else {
+                const float* from[ROW_BLOCK];
+                for (int64_t m = 0; m < count; ++m) to[m] = y + (m * G + g) * N, from[m] = x + m * ldx + g * K;
+                dot_rows(from, w, to, count, n0, n1);
+            }
         });
-    const int64_t blocks = (M + ROW_BLOCK - 1) / ROW_BLOCK;
-    parallel(G * blocks * tiles, threads, [&](int64_t part) {
-        const int64_t g = part / tiles / blocks, m0 = part / tiles % blocks * ROW_BLOCK, count = std::min(ROW_BLOCK, M - m0);
-        const int64_t tile = part % tiles, n0 = tile * PART, n1 = std::min(N, n0 + PART);
-        const Weight w = stack->of(g);
-        float* to[ROW_BLOCK];
-        if (quantised) {
-            for (int64_t m = 0; m < count; ++m) to[m] = y + ((m0 + m) * G + g) * N + n0;
-            multiply_tile(w, tile, Inputs{prepared + g * each, M, floats}.from(m0), nullptr, count, to);
-        } else {
-            const float* from[ROW_BLOCK];
-            for (int64_t m = 0; m < count; ++m) to[m] = y + ((m0 + m) * G + g) * N, from[m] = x + (m0 + m) * ldx + g * K;
-            dot_rows(from, w, to, count, n0, n1);
-        }
-    });
+    }
 }
