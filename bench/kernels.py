@@ -2,7 +2,8 @@
 
     python -m bench.kernels [--quick] [--no-save] [--only NAME ...] [--overhead]
 
-One thread; medians of its CPU time over calls whose weights and rows come from memory.  A row's ceilings (reading
+One thread; medians of its CPU time over calls whose weights and rows come from memory.  Products of one row are called
+as a captured decode step calls them, without the way there (`--overhead` has that).  A row's ceilings (reading
 memory, bfloat16 products by torch) are measured just before and just after it, in the same process.  Exit status 1
 where a row misses its limit, or gives something else than its check says.
 Shape letters: T or M tokens, N outputs or rows, K inputs, H heads, C channels, F frequencies.
@@ -58,6 +59,21 @@ class Case:
     errors: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)  # name -> (found, allowed)
 
 
+def captured(call: Callable[[int], Any], count: int) -> Callable[[int], None]:
+    """The native calls that are made for each of so many, made again."""
+    made, results = [], []
+    for i in range(count):
+        with native.recording() as recorder:
+            results.append(call(i))
+        made.append(recorder.calls)
+
+    def again(i: int, _alive: Any = (call, results)) -> None:  # what is read and written by address
+        for function, arguments in made[i % count]:
+            function(*arguments)
+
+    return again
+
+
 def product(s: Size, kind: str, N: int, K: int, M: int = 1, limit: tuple[str, float] | None = None) -> Case:
     """x [M, K] times one quantised weight [N, K], its input rounded as trained."""
     weight = quantized(kind, N, K, seed=3)
@@ -70,7 +86,7 @@ def product(s: Size, kind: str, N: int, K: int, M: int = 1, limit: tuple[str, fl
     if M == 1:
         wanted = round_activation(x).double() @ weight.dequantize().double().t()
         errors = {"from float64": (shapes.rms(call(0), wanted), PRODUCT_ERROR)}
-        return Case(call, bytes=native_bytes(held[0]), limit=limit, errors=errors)
+        return Case(captured(call, len(held)), bytes=native_bytes(held[0]), limit=limit, errors=errors)
     alone = linear(x[:1], held[0], round_activation)
     unlike = int((call(0)[:1].view(torch.int32) != alone.view(torch.int32)).sum())
     errors = {"bits unlike those alone": (unlike, 0)}
@@ -83,14 +99,15 @@ def grouped(s: Size) -> Case:
     G, N, K = c.o_groups, c.o_lora_rank, c.num_attention_heads * c.head_dim // c.o_groups
     held = [group[0] for group in copies([(quantized("fp8", G * N, K, seed=3), G)], s.cold_bytes)]
     x = normal(1, G, K).bfloat16().float()  # as attention gives it
-    return Case(lambda i: grouped_linear(x, held[i % len(held)]), bytes=native_bytes(held[0]))
+    call = captured(lambda i: grouped_linear(x, held[i % len(held)]), len(held))
+    return Case(call, bytes=native_bytes(held[0]))
 
 
 def bf16(s: Size, N: int, K: int) -> Case:
     """One row times a bfloat16 weight."""
     held = [group[0] for group in copies([(normal(N, K).bfloat16(), 1)], s.cold_bytes)]
     x = normal(1, K)
-    return Case(lambda i: linear(x, held[i % len(held)]), bytes=native_bytes(held[0]))
+    return Case(captured(lambda i: linear(x, held[i % len(held)]), len(held)), bytes=native_bytes(held[0]))
 
 
 def experts(s: Size, T: int) -> Case:
