@@ -125,6 +125,9 @@ CASES = {
     **{f"routed_experts {w}": (routed_experts, lambda T, w=w: (
         noise(LARGEST, 160)[:T], bank(w), integers(5, LARGEST, 3, low=-1)[:T], noise(LARGEST, 3, seed=9)[:T], 1.5))
        for w in WEIGHTS},
+    **{f"routed_experts of many outputs, {w}": (routed_experts, lambda T, w=w: (  # few rows take several tiles at once
+        noise(LARGEST, 64)[:T], bank(w, inner=608, dim=64), integers(5, LARGEST, 3, low=-1)[:T],
+        noise(LARGEST, 3, seed=9)[:T], 1.5)) for w in ("f32", "fp4")},
     "routed_experts of a rank": (routed_experts, lambda T: (
         noise(LARGEST, 160)[:T], held_by(Mesh(1, 2), bank("fp8", 11)), integers(11, LARGEST, 6, low=-1)[:T],
         noise(LARGEST, 6, seed=9)[:T], 1.5)),

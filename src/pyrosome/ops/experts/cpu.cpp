@@ -32,9 +32,10 @@ void product(const Weight& w, int64_t tile, const Rows& rows, float* const* y) {
     dot_rows(rows.plain, w, at, rows.count, n0, std::min(w.N, n0 + TILE));
 }
 
-// Calls run(expert, p0, p1, tile) for every block of rows p0 .. p1 of every expert, and every tile of its N outputs.
+// Calls run(expert, p0, p1, tile, end) for every block of rows p0 .. p1 of every expert, and tiles of its N outputs,
+// `together` at a time.
 template <class F>
-void each_tile(const int64_t* first, int64_t E, int64_t N, int threads, F run) {
+void each_tile(const int64_t* first, int64_t E, int64_t N, int64_t together, int threads, F run) {
     struct Block {
         int64_t expert, low, high;
     };
@@ -43,10 +44,11 @@ void each_tile(const int64_t* first, int64_t E, int64_t N, int threads, F run) {
     int64_t count = 0;
     for (int64_t e = 0; e < E; ++e)
         for (int64_t p = first[e]; p < first[e + 1]; p += ROW_BLOCK) blocks[count++] = {e, p, std::min(p + ROW_BLOCK, first[e + 1])};
-    const int64_t tiles = num_tiles(N);
-    parallel(count * tiles, threads, [&](int64_t part) {
-        const Block& b = blocks[part / tiles];
-        run(b.expert, b.low, b.high, part % tiles);
+    const int64_t tiles = num_tiles(N), parts = (tiles + together - 1) / together;
+    parallel(count * parts, threads, [&](int64_t part) {
+        const Block& b = blocks[part / parts];
+        const int64_t tile = part % parts * together;
+        run(b.expert, b.low, b.high, tile, std::min(tile + together, tiles));
     });
 }
 
@@ -108,16 +110,26 @@ void up(const float* x, int64_t T, const int64_t* order, int64_t K, const int64_
         token[p] = static_cast<int32_t>(order ? order[p] / K : p);
         from[p] = x + token[p] * D;
     }
-    each_tile(first, E, I, threads, [&](int64_t e, int64_t at, int64_t end, int64_t tile) {
-        const int64_t M = end - at, n0 = tile * TILE, N = std::min(TILE, I - n0);
+    // Few rows wait for their weights, which come at the memory's rate where they lie in order: some tiles of w1, then the
+    // same of w3.
+    const int64_t together = P <= 6 * E && num_tiles(I) >= 8 * threads ? 4 : 1;
+    each_tile(first, E, I, together, threads, [&](int64_t e, int64_t at, int64_t end, int64_t tile, int64_t last) {
+        const int64_t M = end - at, n0 = tile * TILE, wide = (last - tile) * TILE, N = std::min(wide, I - n0);
         Scratch own;
-        auto* raised = own.take<float>(M * TILE);
-        float *gate_to[ROW_BLOCK], *up_to[ROW_BLOCK];
-        for (int64_t m = 0; m < M; ++m) gate_to[m] = h + (at + m) * I + n0, up_to[m] = raised + m * TILE;
+        auto* raised = own.take<float>(M * wide);
+        float* to[ROW_BLOCK];
         const Rows rows{from + at, &inputs, token + at, M};
-        product(w1.of(e), tile, rows, gate_to);
-        product(w3.of(e), tile, rows, up_to);
-        for (int64_t m = 0; m < M; ++m) clamped_swiglu(gate_to[m], up_to[m], N, limit, order ? weight[order[at + m]] : 1.0f);
+        const auto multiply = [&](const Weight& w, float* out, int64_t ld) {
+            for (int64_t i = tile; i < last; ++i) {
+                for (int64_t m = 0; m < M; ++m) to[m] = out + m * ld + (i - tile) * TILE;
+                product(w, i, rows, to);
+            }
+        };
+        float* gate = h + at * I + n0;
+        multiply(w1.of(e), gate, I);
+        multiply(w3.of(e), raised, wide);
+        for (int64_t m = 0; m < M; ++m)
+            clamped_swiglu(gate + m * I, raised + m * wide, N, limit, order ? weight[order[at + m]] : 1.0f);
     });
 }
 
@@ -133,7 +145,7 @@ void down(const float* h, const int64_t* first, int64_t E, const Weight& w2, flo
     auto* place = scratch.take<int32_t>(P);
     auto** from = scratch.take<const float*>(P);
     for (int64_t p = 0; p < P; ++p) place[p] = static_cast<int32_t>(p), from[p] = h + p * I;
-    each_tile(first, E, D, threads, [&](int64_t e, int64_t at, int64_t end, int64_t tile) {
+    each_tile(first, E, D, 1, threads, [&](int64_t e, int64_t at, int64_t end, int64_t tile, int64_t) {
         const int64_t M = end - at;
         float* to[ROW_BLOCK];
         for (int64_t m = 0; m < M; ++m) to[m] = rows + (at + m) * D + tile * TILE;
