@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 import pyrosome
 from pyrosome.ops import workspace
 
-CHUNK = 2048  # tokens of one prefill span, so that memory does not grow with the prompt
+CHUNK = 1024  # tokens of one prefill span, so that memory does not grow with the prompt
 LINEAR_AT = (4096, 8192, 16384)
 
 

@@ -129,7 +129,7 @@ def main() -> int:
     print(f"greedy tokens after {measure.DECODED_AFTER:,}: {'the same' if tokens_agree else 'DIFFERENT'}\n")
     title = f"one thread each, medians of {rounds} x {repeats}; decode after {measure.DECODED_AFTER:,} tokens"
     print(records.table(title, our_rows, their_rows, (ours[0]["engine"], theirs[0]["engine"])))
-    print("\nours, prefilled in parts of 2,048:")
+    print("\nours, prefilled in parts of 1,024:")
     for n, row in ours[-1]["linear"].items():
         cache_mb = row["cache_bytes"] / 1e6
         print(f"{int(n):8,d} tokens: cache {cache_mb:7.2f} MB, peak above the model {row['peak_mb']:7.1f} MB")

@@ -51,8 +51,8 @@ class StepGraphs:
         """The bound on positions to give a step of single tokens, so that many steps share it."""
         return min(-(-step_context // CONTEXT_GRAIN) * CONTEXT_GRAIN, self.pool.max_context)
 
-    def run(self, step: Step) -> Tensor | None:
-        """The streams [T, J, D] after the last layer; None where the step is to be run plainly."""
+    def run(self, step: Step) -> tuple[Tensor, Tensor] | None:
+        """(streams [T, J, D] after the last layer, logits [T, V]); None where the step is to be run plainly."""
         if self.model.bank.mesh.size > 1:  # ranks talk to one another between calls
             return None
         if len(step.layout) > MOST_TOKENS or step.ids_T.shape[0] != len(step.layout) or self._is_watched():
@@ -70,14 +70,14 @@ class StepGraphs:
             self._keep(key, step)
             return None
         try:
-            graph, streams = capture(self.model, self.pool, step, known)
+            graph, results = capture(self.model, self.pool, step, known)
         except Uncapturable as error:  # the step is run again, plainly: it writes the same rows to the same places
             log.info("steps of %d tokens are not captured: %s computes", len(step.layout), error)
             self.refused.add(key)
             del self.kept[key]
             return None
         self._keep(key, graph)
-        return streams
+        return results
 
     def _keep(self, key: tuple[Any, ...], what: Graph | Step) -> None:
         self.kept[key] = what
@@ -132,9 +132,10 @@ class Graph:
     derived: Any  # array of Derived
     first: Tensor  # streams before the first layer
     last: Tensor
+    logits: Tensor
     held: list[object]
 
-    def run(self, step: Step) -> Tensor:
+    def run(self, step: Step) -> tuple[Tensor, Tensor]:
         """Fill the buffers and make the calls.
 
         Raises:
@@ -147,11 +148,11 @@ class Graph:
         for function, arguments in self.calls:
             if function(*arguments):
                 raise EngineError(f"{function.__name__} refused a step that it had run before")
-        return self.last.clone()
+        return self.last.clone(), self.logits.clone()
 
 
-def capture(model: DeepseekV4, pool: CachePool, step: Step, seen: Step) -> tuple[Graph, Tensor]:
-    """Run the trunk's layers over a step, and keep how; `seen` is one of its shape that was run plainly.
+def capture(model: DeepseekV4, pool: CachePool, step: Step, seen: Step) -> tuple[Graph, tuple[Tensor, Tensor]]:
+    """Run the trunk's layers and the head over a step, and keep how; `seen` is one of its shape that was run plainly.
 
     Raises:
         Uncapturable: an operation of torch computes; the step has to be run again.
@@ -177,11 +178,13 @@ def capture(model: DeepseekV4, pool: CachePool, step: Step, seen: Step) -> tuple
         for i in layers:
             block = model.layers[i]
             streams = block(streams, shadow, turns[block.ratio], cache[i], model.bank, scores)  # type: ignore[index]
+        logits = model.logits(streams)
     if set(shadow.derived) != known:
         raise Uncapturable("something of the step that was not foreseen")
     held = [*watch.held, turns]
-    graph = Graph(model, recorder.calls, shadow, (Derived * len(told))(*told), first, streams, held)
-    return graph, streams.clone()
+    calls = [native.bare(*call) for call in recorder.calls]
+    graph = Graph(model, calls, shadow, (Derived * len(told))(*told), first, streams, logits, held)
+    return graph, (streams.clone(), logits.clone())
 
 
 _TENSORS = ("ids_T", "position_T", "span_T", "slot_B", "start_B", "stop_B", "floor_B")

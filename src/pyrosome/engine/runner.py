@@ -150,18 +150,21 @@ class Runner:
         step = self._admit(spans)
         workspace.give_back(workspace.KEPT_S)
         with self._one_pool(), self._whole_or_broken(spans):
-            streams = self.graphs.run(step) if self.graphs else None
-            if streams is None:
-                streams = self.model(step, cache=self.pool.layers(step)).streams
             wanted = [t for (_, last), n in zip(step.layout, rows, strict=True) for t in range(last - n, last)]
-            logits = streams.new_empty(0, self.model.config.vocab_size)
-            if wanted:
-                at = torch.tensor(wanted, device=self.device)
-                logits = self.model.logits(streams if len(wanted) == streams.shape[0] else streams[at])
+            captured = self.graphs.run(step) if self.graphs else None
+            if captured is not None:
+                streams, logits = captured
+                logits = logits if len(wanted) == len(logits) else logits[wanted]
+            else:
+                streams = self.model(step, cache=self.pool.layers(step)).streams
+                logits = streams.new_empty(0, self.model.config.vocab_size)
+                if wanted:
+                    at = torch.tensor(wanted, device=self.device)
+                    logits = self.model.logits(streams if len(wanted) == streams.shape[0] else streams[at])
             if self.has_drafts:  # last: where the head fails, the streams of the position before are still there
                 before = self.pool.draft_hidden[step.slot_B]
                 keep_streams(step, streams, self.pool.draft_hidden)
-            finite_T = torch.cat([torch.isfinite(rows.abs().amax(1)) for rows in streams.flatten(1).split(256)])
+            finite_T = torch.cat([torch.isfinite(part.abs().amax(1)) for part in streams.flatten(1).split(256)])
         forward = Forward(step, streams, before if self.has_drafts else None)
         for sequence, ids in spans:
             sequence.length += len(ids)

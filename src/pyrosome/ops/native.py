@@ -115,6 +115,18 @@ class Recorder:
         return call
 
 
+def bare(function: Any, arguments: tuple[Any, ...]) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """The same call with its arguments converted once, for one that is made again and again."""
+    if not hasattr(function, "argtypes"):  # somebody's own, in the library's place
+        return function, arguments
+    plain = type(function)(ctypes.cast(function, _P).value)
+    plain.__name__, plain.restype = function.__name__, function.restype
+    # No types of arguments: each of them would be looked at every time.
+    given = zip(function.argtypes, arguments, strict=True)
+    made = [kind(a) if isinstance(a, (int, float)) else a for kind, a in given]
+    return plain, tuple(made)
+
+
 @contextlib.contextmanager
 def recording() -> Iterator[Recorder]:
     """Keep the calls that are made inside a block.  Whoever makes them again sees to it that their memory lasts.
