@@ -377,11 +377,15 @@ def interrupted(act, is_there):
         until(lambda: is_there(sys._current_frames()[main]))
         signal.pthread_kill(main, signal.SIGINT)
 
-    presser = threading.Thread(target=press)
-    presser.start()
-    with pytest.raises(KeyboardInterrupt):
-        act()
-    presser.join()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs have it ignored
+    try:
+        presser = threading.Thread(target=press)
+        presser.start()
+        with pytest.raises(KeyboardInterrupt):
+            act()
+        presser.join()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def waits_in(function):
