@@ -181,14 +181,7 @@ LANE float group_scale(int32_t size_bits, float floor, float largest) {
 LANE int32_t largest_bits(const F16* v, int count) {
     I16 top = iset1(0);
     for (int i = 0; i < count; ++i) top = max(top, as_int(v[i]) & iset1(0x7FFFFFFF));
-#if PYROSOME_LEVEL == 2
-    return _mm512_reduce_max_epi32(top.v);
-#else
-    int32_t l[16], r = 0;
-    istore(l, top);
-    for (int i = 0; i < 16; ++i) r = l[i] > r ? l[i] : r;
-    return r;
-#endif
+    return most_of(top);
 }
 
 LANE F16 signed_as(F16 size, F16 v) {  // a zero that came from below is -0
