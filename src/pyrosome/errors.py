@@ -12,6 +12,7 @@ PyrosomeError
 ├── RequestError             the caller can fix it; a server answers 400
 │   ├── ContextTooLong
 │   └── chat.InvalidRequest  a body the official API refuses; has its status and body
+├── TrainError               a training run cannot go on as it is; its last good state is kept
 └── EngineError              we must fix it; a server answers 500
     └── CacheInvariantBroken
 
@@ -81,6 +82,10 @@ class ContextTooLong(RequestError):
 
     def __reduce__(self) -> tuple[type[ContextTooLong], tuple[object, ...]]:
         return type(self), (self.asked_tokens, self.max_tokens, self.hint)
+
+
+class TrainError(PyrosomeError):
+    """A training run cannot go on as it is; its last good state is kept."""
 
 
 class EngineError(PyrosomeError):

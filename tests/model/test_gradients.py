@@ -32,7 +32,7 @@ def test_every_weight_gets_a_gradient(numerics):
     draft_step = Step.of([Span(0, 0, [*ids[1:], 0]), Span(0, 0, [*other[1:], 0])])
     loss = loss + model.draft_stage.draft(model, draft_step, out.streams)[0].square().mean()
     # The choice of rows is made of integers: the indexer learns through its scores, by a loss of its own.
-    loss = loss + sum(score[index >= 0].square().mean() for score, index in out.scores)
+    loss = loss + sum(c.score[c.rows >= 0].square().mean() for c in out.scores)
     loss.backward()
     without = {n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().any()}
     assert without == {n for n, _ in model.named_parameters() if n.endswith("gate.bias")}  # balanced, not learned
@@ -45,7 +45,7 @@ def test_the_indexer_learns_from_its_scores_alone():
     model.logits(out.streams).sum().backward(retain_graph=True)
     indexer = model.layers[1].attn.indexer
     assert all(p.grad is None for p in indexer.parameters())
-    (out.scores[0][0].clamp(min=-1e9).sum()).backward()
+    (out.scores[0].score.clamp(min=-1e9).sum()).backward()
     assert all(p.grad is not None and p.grad.abs().any() for p in indexer.parameters())
 
 

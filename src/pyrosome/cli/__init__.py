@@ -12,16 +12,22 @@ import typer
 
 from pyrosome import __version__, log
 from pyrosome.cli.chat import chat
+from pyrosome.cli.data import preview
 from pyrosome.cli.doctor import doctor
 from pyrosome.cli.inspect import inspect
 from pyrosome.cli.run import run
 from pyrosome.cli.terminal import BAD_INPUT, READER_GONE, printable
+from pyrosome.cli.train import train
 from pyrosome.errors import PyrosomeError
 
 app = typer.Typer(help="An engine for DeepSeek-V4-Flash.", no_args_is_help=True, pretty_exceptions_enable=False)
 
 
-def _registered(command: Callable[..., Any]) -> None:
+data = typer.Typer(help="Look at what a recipe trains on.", no_args_is_help=True)
+app.add_typer(data, name="data")
+
+
+def _registered(command: Callable[..., Any], to: typer.Typer = app) -> None:
     """Add a command whose reader may go away, as `head` does, without a word."""
 
     @functools.wraps(command)
@@ -32,11 +38,12 @@ def _registered(command: Callable[..., Any]) -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still buffered has nowhere else to go
             raise typer.Exit(READER_GONE) from None
 
-    app.command()(quiet)
+    to.command()(quiet)
 
 
-for _command in (run, chat, inspect, doctor):
+for _command in (run, chat, train, inspect, doctor):
     _registered(_command)
+_registered(preview, data)
 
 
 def _version(asked: bool) -> None:

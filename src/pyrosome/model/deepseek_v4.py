@@ -33,7 +33,7 @@ from pyrosome.ops.linear import dense_rows, grouped_linear, linears, scaled
 from pyrosome.ops.rope import frequencies, index_rows, norm_rope, rotation
 from pyrosome.ops.route import route
 from pyrosome.ops.rows import RowSource
-from pyrosome.ops.sparse_attention import attention
+from pyrosome.ops.sparse_attention import attention, watched_attention
 
 
 class Compressor(nn.Module):
@@ -66,6 +66,14 @@ class Compressor(nn.Module):
         return rows_MC  # type: ignore[no-any-return]
 
 
+class Choice(NamedTuple):
+    """What an indexer said of a step's tokens: the rows [T, K] it chose (-1: none), in order, and their scores."""
+
+    score: Tensor
+    rows: Tensor
+    mass: Tensor | None = None  # while gradients are on: attention that the rows got from all heads together [T, K]
+
+
 class Indexer(nn.Module):
     """Lightning indexer: which compressed rows a query of a CSA layer reads."""
 
@@ -86,8 +94,8 @@ class Indexer(nn.Module):
         step: Step,
         turns: Rotations,
         cache: LayerCache,
-    ) -> tuple[Tensor, Tensor]:
-        """(score, index) [T, K] of the rows chosen; index -1 where fewer are visible.
+    ) -> Choice:
+        """The rows chosen; index -1 where fewer are visible.
 
         Args: the step's tokens by `wq_b` (from the query latent), by the compressor's `wkv` and `wgate`, and by
             `weights_proj`.
@@ -98,7 +106,7 @@ class Indexer(nn.Module):
         keys = cache.history("index_k", key_MC, step.emit(CSA_RATIO), CSA_RATIO)
         q_THC = index_rows(q_TX.view(-1, self.heads, self.width), turns.token, self.numerics.index)
         weight_TH = scaled(weight_TH, self.width**-0.5 * self.heads**-0.5)
-        return index_topk(q_THC, keys, weight_TH, step.visible_T(CSA_RATIO), step.layout, self.topk)  # type: ignore[no-any-return]
+        return Choice(*index_topk(q_THC, keys, weight_TH, step.visible_T(CSA_RATIO), step.layout, self.topk))
 
 
 class Rotations(NamedTuple):
@@ -136,10 +144,8 @@ class Attention(nn.Module):
             read_latent.append(self.indexer.wq_b)
         self._read, self._read_latent = tuple(read), tuple(read_latent)
 
-    def forward(
-        self, x_TD: Tensor, step: Step, turns: Rotations, cache: LayerCache, scores: list[tuple[Tensor, Tensor]]
-    ) -> Tensor:
-        """x [T, D] after its norm -> [T, D].  The indexer's (score, index) are appended to `scores`."""
+    def forward(self, x_TD: Tensor, step: Step, turns: Rotations, cache: LayerCache, scores: list[Choice]) -> Tensor:
+        """x [T, D] after its norm -> [T, D].  What the indexer chose is appended to `scores`."""
         latent_TL, row_TC, *inputs = linears(x_TD, [(w.value, w.prepare) for w in self._read])
         q_TX, *index_q = linears(
             latent_TL, [(w.value, w.prepare) for w in self._read_latent], self.q_norm.weight, self.eps
@@ -156,11 +162,18 @@ class Attention(nn.Module):
             kv_TE, gate_TE, *index_inputs = inputs
             rows = self._compressed(kv_TE, gate_TE, step, turns, cache)
             if self.ratio == CSA_RATIO:
-                scores.append(self.indexer(*index_q, *index_inputs, step, turns, cache))
-                parts.append((rows, scores[-1][1]))
+                choice = self.indexer(*index_q, *index_inputs, step, turns, cache)
+                parts.append((rows, choice.rows))
             else:
                 parts.append((rows, step.all_rows(self.ratio)))
-        o_THC = attention(q_THC, parts, self.attn_sink, turns.token).to(x_TD.dtype)
+        if self.ratio == CSA_RATIO and torch.is_grad_enabled():
+            o_THC, mass_TK = watched_attention(q_THC, parts, self.attn_sink, turns.token)
+            choice = choice._replace(mass=mass_TK)
+        else:
+            o_THC = attention(q_THC, parts, self.attn_sink, turns.token)
+        if self.ratio == CSA_RATIO:
+            scores.append(choice)
+        o_THC = o_THC.to(x_TD.dtype)
         del q_THC
         cache.keep_window(row_TC)  # after it was read: a long span overwrites what its own first queries need
         z_TGO = grouped_linear(o_THC.view(o_THC.shape[0], self.groups, -1), self.wo_a.value)
@@ -287,7 +300,7 @@ class Block(nn.Module):
         turns: Rotations,
         cache: LayerCache,
         bank: ExpertBank,
-        scores: list[tuple[Tensor, Tensor]],
+        scores: list[Choice],
     ) -> Tensor:
         x_TD, post_TJ, comb_TJJ = self.hc_attn(streams_TJD, self.attn_norm)
         out_TD = self.attn(x_TD, step, turns, cache, scores)
@@ -320,7 +333,7 @@ class Trunk(NamedTuple):
 
     streams: Tensor  # [T, J, D] after the last layer run
     taps: dict[int, Tensor]  # layer -> streams after it, for the layers asked for
-    scores: list[tuple[Tensor, Tensor]]  # (score, index) of each CSA layer run, in order
+    scores: list[Choice]  # of each CSA layer run, in order
 
 
 class DeepseekV4(nn.Module):
@@ -368,7 +381,7 @@ class DeepseekV4(nn.Module):
         if streams is None:
             streams = self.embed_ids(step.ids_T)[:, None].expand(-1, self.config.hc_mult, -1).contiguous()
         kept: dict[int, Tensor] = {}
-        scores: list[tuple[Tensor, Tensor]] = []
+        scores: list[Choice] = []
         for i in layers:
             block = self.layers[i]
             streams = block(streams, step, turns[block.ratio], cache[i], self.bank, scores)  # type: ignore[index,arg-type]

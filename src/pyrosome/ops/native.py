@@ -64,6 +64,18 @@ _SIGNATURES = {
     "sparse_attention": (_P, _P, _P, _P, _P, _P, _I, _I, _I, _I, _F, _N),
     "attention": (_P, _P, _I, _P, _P, _P, _I, _I, _I, _I, _F, _N),
     "finish_attention": (_P, _P, _N, _P, _P, _P, _I, _I, _I, _I, _N),
+    "attention_train": (_P, _P, _I, _P, _P, _P, _P, _I, _I, _I, _I, _F, _N),
+    "attention_train_back": (_P, _P, _P, _P, _P, _I, _P, _P, _P, _I, _I, _I, _I, _F, _I),
+    "hyper_connection_train": (_P,) * 10 + (_I, _I, _F, _F, _N, _N),
+    "hyper_connection_train_back": (_P, _P, _I, _I, _F, _F, _N, _I),
+    "hyper_connection_out_back": (_P, _P, _I, _I, _N),
+    "norm_rope_back": (_P,) * 6 + (_I,) * 4 + (_F, _I),
+    "compress_back": (_P,) * 14 + (_I,) * 7,
+    "swiglu_train": (_P, _P, _P, _P, _I, _I, _F, _N),
+    "swiglu_train_back": (_P,) * 7 + (_I, _I, _F, _N),
+    "sum_rows": (_P, _P, _P, _I, _I, _I, _N),
+    "index_choose": (_P,) * 7 + (_I,) * 6 + (_N,),
+    "index_choose_back": (_P,) * 9 + (_I,) * 6,
     "compress": (_P,) * 10 + (_I,) * 6 + (_P, _P, _I, _F, _N, _N),
     "index_scores": (_P, _P, _P, _P, _I, _I, _I, _I, _N),
     "index_topk": (_P, _P, _P, _I, _I, _P, _I, _P, _P, _P, _I, _I, _I, _I, _I, _P, _P, _N),
@@ -93,6 +105,20 @@ def kernel(op: Op, *, any_format: bool = False) -> None:
         return run
 
     op.kernel("cpu", (lambda place: why_not(place._replace(format=""))) if any_format else why_not)(load)
+
+
+def training_kernel(op: Op) -> None:
+    """Register the native version of an op that has gradients: the function of its name in the `train.py` beside it."""
+
+    def load() -> Callable[..., Any]:
+        library()
+        run: Callable[..., Any] = getattr(importlib.import_module(f"{op.definition.__module__}.train"), op.name)
+        return run
+
+    def when(place: Place) -> str:
+        return why_not(place._replace(format="")) if place.grad else "it is for training, and gradients are off"
+
+    op.kernel("cpu-train", when, has_backward=True)(load)
 
 
 _forced: str | None = None

@@ -6,10 +6,8 @@ weights are seeded noise for now: it shows that everything runs, and its text me
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
@@ -17,23 +15,11 @@ from tokenizers import decoders, models, pre_tokenizers, processors
 from pyrosome.config import ModelConfig
 from pyrosome.testing.checkpoints import random_checkpoint
 from pyrosome.testing.shapes import OFFICIAL_QUANTIZATION, tiny
+from pyrosome.train.tokenizer import CONTROL, FIRST, save_tokenizer
 
 SEED = 4
 VOCABULARY = 320
 HOME = Path(__file__).parent.parent / "builtin" / "nano"
-
-# Strings and flags of the official tokenizer's control tokens: (content, special).  Ids are this tokenizer's own.
-FIRST = ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>")
-CONTROL = (
-    "<｜fim▁hole｜>", "<｜fim▁begin｜>", "<｜fim▁end｜>", "<｜User｜>", "<｜Assistant｜>", "<|EOT|>",
-    "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>", "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>",
-    "<｜tool▁outputs▁begin｜>", "<｜tool▁outputs▁end｜>", "<｜tool▁output▁begin｜>", "<｜tool▁output▁end｜>",
-    "<｜tool▁sep｜>", "<｜begin▁of▁repo▁name｜>", "<｜end▁of▁repo▁name｜>", "<｜begin▁of▁file▁name｜>",
-    "<｜end▁of▁file▁name｜>", "<｜begin▁of▁file｜>", "<｜end▁of▁file｜>", "<think>", "</think>", "｜DSML｜",
-    "<｜begin▁sys｜>", "<｜end▁sys｜>", "<｜latest_reminder｜>", "<｜action｜>", "<｜query｜>", "<｜authority｜>",
-    "<｜domain｜>", "<｜task｜>", "<｜title｜>", "<｜answer｜>", "<｜search｜>", "<dsml:", "</dsml:",
-    "<｜search▁begin｜>", "<｜search▁end｜>", "<｜extracted_url｜>", "<｜read_url｜>",
-)  # fmt: skip
 
 
 def nano_config() -> ModelConfig:
@@ -65,20 +51,7 @@ def nano_tokenizer() -> tokenizers.Tokenizer:
 def make_nano(path: Path) -> None:
     """Write the built-in checkpoint to `path`; the same bytes every time."""
     random_checkpoint(path, nano_config(), SEED, "fp8fp4")
-    nano_tokenizer().save(str(path / "tokenizer.json"))
-    token = {"__type": "AddedToken", "lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
-    settings: dict[str, Any] = {
-        "add_bos_token": False,
-        "add_eos_token": False,
-        "bos_token": {**token, "content": FIRST[0]},
-        "eos_token": {**token, "content": FIRST[1]},
-        "pad_token": {**token, "content": FIRST[1]},
-        "model_max_length": nano_config().max_position_embeddings,
-        "tokenizer_class": "PreTrainedTokenizerFast",
-    }
-    generation = {"bos_token_id": 0, "eos_token_id": 1, "do_sample": True, "temperature": 1.0, "top_p": 1.0}
-    for name, values in (("tokenizer_config.json", settings), ("generation_config.json", generation)):
-        (path / name).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    save_tokenizer(nano_tokenizer(), path, nano_config().max_position_embeddings)
 
 
 if __name__ == "__main__":

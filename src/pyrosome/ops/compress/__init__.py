@@ -113,4 +113,6 @@ def compressed_rows(
 
 
 native.kernel(compress)
+native.training_kernel(compress)
 native.kernel(compressed_rows)
+native.training_kernel(compressed_rows)

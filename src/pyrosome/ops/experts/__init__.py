@@ -61,7 +61,7 @@ def routed_experts(x_TD: Tensor, bank: ExpertWeights, expert_TK: Tensor, weight_
     if E == 0:
         return x_TD.new_zeros(T, D, dtype=wide)
     shard_TK = expert_TK.clamp(min=0) * VIRTUAL_SHARDS // bank.total
-    expert_TK, rank_TK = _held(expert_TK, bank).sort(dim=1, stable=True)
+    expert_TK, rank_TK = held(expert_TK, bank).sort(dim=1, stable=True)
     shard_TK, weight_TK = shard_TK.gather(1, rank_TK), weight_TK.gather(1, rank_TK)
     M = min(MAX_TILE_ROWS, 1 << max(0, (T * K // E).bit_length() - 1))
     plan = _tiles(expert_TK, E, M)
@@ -93,7 +93,7 @@ def shared_expert(x_TD: Tensor, expert: ExpertWeights, limit: float, onto_TD: Te
     return out_TD if onto_TD is None else onto_TD + out_TD
 
 
-def _held(expert_TK: Tensor, bank: ExpertWeights) -> Tensor:
+def held(expert_TK: Tensor, bank: ExpertWeights) -> Tensor:
     """Where each expert stands in the bank's stacks; -1 for none and for one held elsewhere."""
     place_TK = expert_TK - bank.first
     return place_TK.masked_fill((expert_TK < 0) | (place_TK < 0) | (place_TK >= bank.w1.shape[0]), -1)
@@ -151,5 +151,7 @@ def _pick(weight: Tensor | QuantTensor, expert_G: Tensor, dtype: torch.dtype) ->
 
 
 native.kernel(routed_experts)
+native.training_kernel(routed_experts)
 native.kernel(shared_expert)
+native.training_kernel(shared_expert)
 native.kernel(clamped_swiglu)

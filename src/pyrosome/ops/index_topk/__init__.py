@@ -120,3 +120,4 @@ def _scores_at(q_THC: Tensor, keys: RowSource, weight_TH: Tensor, index_TK: Tens
 
 native.kernel(index_scores)
 native.kernel(index_topk, any_format=True)
+native.training_kernel(index_topk)

@@ -91,5 +91,8 @@ def index_rows(x: Tensor, rotation_TF: Tensor | None, round_index: Callable[[Ten
 
 native.kernel(rotation)
 native.kernel(rope)
+native.training_kernel(rope)
 native.kernel(norm_rope)
+native.training_kernel(norm_rope)
 native.kernel(index_rows)
+native.training_kernel(index_rows)

@@ -19,7 +19,8 @@ from pyrosome.ops.seam import Op
 def route_scores(x_TD: Tensor, gate_ED: Tensor) -> Tensor:
     """Affinities s = sqrt(softplus(W_g x)), [T, E] in promote(x, float32) (DeepSeek-V4 report, MoE)."""
     wide = torch.promote_types(x_TD.dtype, torch.float32)
-    return affinity(linear(x_TD.to(wide), gate_ED))  # type: ignore[no-any-return]
+    with torch.autocast(x_TD.device.type, enabled=False):  # who is chosen must not hang on a rounded product
+        return affinity(linear(x_TD.to(wide), gate_ED))  # type: ignore[no-any-return]
 
 
 @Op

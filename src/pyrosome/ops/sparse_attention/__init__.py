@@ -114,6 +114,37 @@ def attention(q_THC: Tensor, parts: Sequence[tuple[RowSource, Tensor]], sink_H: 
     return _rounded(out_THC, all(source.format in NARROW for source, _ in parts))
 
 
+@Op
+def watched_attention(
+    q_THC: Tensor, parts: Sequence[tuple[RowSource, Tensor]], sink_H: Tensor, rotation_TF: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`attention`, and how much of it goes to each row of the last part: the sum over heads [T, K], without gradient.
+
+    It is what an indexer learns to foresee (DeepSeek-V3.2 report, the indexer's target).
+    """
+    out_THC = attention(q_THC, parts, sink_H, rotation_TF)
+    with torch.no_grad():
+        wide = torch.promote_types(q_THC.dtype, torch.float32)
+        all_TH = sink_H.to(wide).expand(q_THC.shape[:2])
+        for source, index_TK in parts:
+            all_TH = torch.logaddexp(all_TH, sparse_attention.definition(q_THC, source, index_TK)[1])
+        source, index_TK = parts[-1]
+        if index_TK.shape[1] == 0:
+            return out_THC, all_TH.new_zeros(index_TK.shape)
+        rows_NC, flat_TK = source.read(index_TK)
+        narrow = source.format in NARROW
+        q_THC = _rounded(q_THC, narrow).to(wide) * q_THC.shape[2] ** -0.5
+        tile = max(1, TILE_ELEMENTS // (index_TK.shape[1] * q_THC.shape[2]))
+        masses = []
+        for t in range(0, q_THC.shape[0], tile):
+            at = slice(t, t + tile)
+            score_THK = torch.bmm(q_THC[at], rows_NC.to(wide)[flat_TK[at]].transpose(1, 2))
+            masses.append((score_THK - all_TH[at, :, None]).exp().sum(1))
+        return out_THC, torch.cat(masses).masked_fill(index_TK < 0, 0.0)
+
+
 native.kernel(attention)
+native.training_kernel(attention)
+native.training_kernel(watched_attention)
 native.kernel(sparse_attention, any_format=True)  # a source decodes its rows
 native.kernel(finish_attention)

@@ -1,0 +1,48 @@
+"""Sums and differences within 0..99, answered at once or in steps."""
+
+from __future__ import annotations
+
+import random
+
+from pyrosome.tasks.heldout import sum_is_held_out
+from pyrosome.tasks.sample import Sample, assistant, checked_count, checked_thinking, user
+
+_MOST_ASKS = 32
+
+
+def sums(rng: random.Random, length: int, heldout: bool, *, thinking: str = "off", asks: int = 1) -> Sample:
+    """ "37 + 25" -> "62" in `asks` turns; thinking, the steps come first.  `length` is not filled."""
+    checked_thinking(thinking)
+    checked_count("asks", asks, _MOST_ASKS)
+    messages = []
+    question = answer = ""
+    for _ in range(asks):
+        question, answer, steps = draw_sum(rng, heldout)
+        messages += [user(question), assistant(answer, steps, thinking)]
+    return Sample("sums", tuple(messages), thinking, about={"expected": answer, "question": question})
+
+
+def draw_sum(rng: random.Random, heldout: bool) -> tuple[str, str, str]:
+    """A question, its answer and the steps to it."""
+    while True:
+        op = rng.choice("+-")
+        a, b = rng.randrange(100), rng.randrange(100)
+        if op == "+" and a + b > 99:
+            a, b = 99 - a, 99 - b  # which always fits
+        elif op == "-" and b > a:
+            a, b = b, a
+        if sum_is_held_out(a, op, b) == heldout:
+            result = a + b if op == "+" else a - b
+            return f"{a} {op} {b}", str(result), steps_of(a, op, b)
+
+
+def steps_of(a: int, op: str, b: int) -> str:
+    """The way to "a op b" over tens and ones, no number on it outside 0..99.
+
+    A step may be a sum that is held out as a question.
+    """
+    tens, ones = b - b % 10, b % 10
+    if op == "-":
+        return f"{a} - {tens} = {a - tens} ; {a - tens} - {ones} = {a - b}"
+    high, low = a - a % 10 + tens, a % 10 + ones
+    return f"{a - a % 10} + {tens} = {high} ; {a % 10} + {ones} = {low} ; {high} + {low} = {a + b}"
