@@ -1,6 +1,7 @@
 """Attention over chosen rows, in parts, against one softmax written out in Python floats."""
 
 import cmath
+import contextlib
 import itertools
 import math
 
@@ -10,6 +11,7 @@ import torch
 import pyrosome.ops.sparse_attention as module
 from pyrosome.ops.rope import frequencies, rotation
 from pyrosome.ops.rows import UnitedRows
+from pyrosome.ops.seam import use
 from pyrosome.ops.sparse_attention import finish_attention, merge, sparse_attention
 
 T, H, C, N, K = 6, 3, 8, 20, 7
@@ -277,3 +279,19 @@ def test_gradients_of_a_step_of_padding_are_zero_and_finite():
     for x in (q, fresh, sink):
         assert x.grad is not None
         assert not x.grad.any()
+
+
+@pytest.mark.parametrize("version", ["torch", "cpu"])
+def test_a_row_that_is_not_a_number_shows_in_the_answer(version):
+    """A fault upstream must not be taken for a token without rows."""
+    q, values, index = draw(1, 2, 32), draw(3, 32, seed=1), torch.tensor([[0, 1, -1]])
+    values[1, 5] = float("nan")
+    turn = rotation(frequencies(1e4, 8, None), torch.tensor([3]))
+    ops = (module.sparse_attention, module.finish_attention)
+    with torch.inference_mode(), contextlib.ExitStack() as forced:
+        for op in ops:
+            forced.enter_context(use(op, version))
+        part = module.sparse_attention(q, rows_of(values), index)
+        other = module.sparse_attention(q, rows_of(draw(2, 32, seed=2)), torch.tensor([[0, 1]]))
+        assert part[0].isnan().any() and part[1].isnan().all()
+        assert module.finish_attention(torch.zeros(2), turn, [part, other]).isnan().any()

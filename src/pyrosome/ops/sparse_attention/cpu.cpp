@@ -80,8 +80,9 @@ EXPORT void pyrosome_sparse_attention(const float* q, const float* rows, const i
             weigh(out, keep.data(), score.data(), row.data(), H, C, n);
         }
         for (int64_t h = 0; h < H; ++h) {
-            lse[t * H + h] = mass[h] > 0 ? std::log(mass[h]) + top[h] : NONE;
-            if (mass[h] > 0)
+            // Not "more than 0": a NaN must show.
+            lse[t * H + h] = mass[h] != 0 ? std::log(mass[h]) + top[h] : NONE;
+            if (mass[h] != 0)
                 for (int64_t c = 0; c < C; ++c) out[h * C + c] /= mass[h];
         }
     });
@@ -105,7 +106,7 @@ EXPORT void pyrosome_finish_attention(const float* const* o, const float* const*
                 std::fill(to, to + C, 0.0f);
                 for (int p = 0; p < parts; ++p) {
                     const float share = std::exp(lse[p][at] - high) / total;
-                    if (share > 0)
+                    if (share != 0)
                         for (int64_t c = 0; c < C; ++c) to[c] += share * o[p][at * C + c];
                 }
                 turn_pairs(to + C - 2 * F, turn + t * F * 2, F, -1.0f);
