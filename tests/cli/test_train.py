@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import signal
 import sys
 import types
 from pathlib import Path
@@ -38,6 +39,7 @@ class Trainer:
     def __init__(self):
         self.calls = []
         self.raises = None
+        self.interrupted = False
 
     def train(self, recipe, directory, **asked):
         self.calls.append((recipe, directory, asked))
@@ -45,7 +47,10 @@ class Trainer:
             progress.update({"step": 1, "tokens": 64, "stage": "dense", "loss": 3.0})
             if self.raises:
                 raise self.raises
-        return Result(directory, 12345, True, {"records": 0.9375})
+            if self.interrupted:
+                signal.raise_signal(signal.SIGINT)
+                assert asked["stop"]()
+        return Result(directory, 12345, not self.interrupted, {"records": 0.9375})
 
 
 @pytest.fixture
@@ -90,20 +95,21 @@ def run(command, *args: str, status: int = 0):
 
 def test_the_trainer_gets_what_was_asked(trainer):
     run(train, "smoke", "--out", "r", "--resume", "--threads", "3", "--device", "cuda", "--seconds", "1.5",
-        "--set", "seed=7", "--set", "optimizer.clip=2")  # fmt: skip
+        "--set", "seed=7", "--set", "optimizer.clip=2", "--from", "w")  # fmt: skip
     ((recipe, directory, asked),) = trainer.calls
     assert recipe == Recipe.load("smoke", ["seed=7", "optimizer.clip=2"]) and directory == Path("r")
-    progress = asked.pop("progress")
+    progress, stop = asked.pop("progress"), asked.pop("stop")
     assert progress.recipe is recipe
-    assert asked == {"resume": True, "threads": 3, "device": "cuda", "seconds": 1.5}
+    assert not stop()
+    assert asked == {"resume": True, "threads": 3, "device": "cuda", "seconds": 1.5, "start_from": Path("w")}
 
 
 def test_what_is_not_said_is_left_to_the_trainer(trainer):
     run(train, "smoke")
     ((_, directory, asked),) = trainer.calls
-    del asked["progress"]
+    del asked["progress"], asked["stop"]
     assert directory == Path("runs/smoke")
-    assert asked == {"resume": False, "threads": None, "device": "cpu", "seconds": None}
+    assert asked == {"resume": False, "threads": None, "device": "cpu", "seconds": None, "start_from": None}
 
 
 def test_the_result_goes_to_standard_output_and_progress_elsewhere(trainer):
@@ -119,10 +125,16 @@ def test_the_result_as_json(trainer):
     assert found == {"directory": "r", "step": 12345, "finished": True, "accuracy": {"records": 0.9375}}
 
 
-def test_ctrl_c_says_how_to_go_on(trainer):
+def test_ctrl_c_lets_the_step_end_and_saves(trainer):
+    trainer.interrupted = True
+    result = run(train, "smoke", "--out", "r", status=130)
+    assert not result.stdout and "stopped and saved; go on with --resume --out r" in result.stderr
+
+
+def test_a_second_ctrl_c_says_how_to_go_on_too(trainer):
     trainer.raises = KeyboardInterrupt()
     result = run(train, "smoke", "--out", "r", status=130)
-    assert not result.stdout and "--resume --out r" in result.stderr
+    assert not result.stdout and "saved last with --resume --out r" in result.stderr
 
 
 def test_a_run_that_is_there_is_not_begun_anew(trainer, here):

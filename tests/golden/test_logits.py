@@ -119,3 +119,31 @@ def test_the_forward_without_a_cache_agrees(name):
     with torch.no_grad():
         ours = m.network.logits(m.network(Step.of([Span(0, 0, tokens)])).streams)
     assert_logits(ours, vectors(BF16)["logits_prefill"][0] if name == "bf16" else vectors(QUANT)["logits_exact"][0])
+
+
+@pytest.mark.parametrize("name", ["bf16", "fp8fp4"])
+def test_training_agrees_with_the_official_logits_and_drafts(name):
+    """With gradients on other versions of the ops run; the network they make is the same."""
+    m, tokens = model(name, unpack=True), ids(name)
+    step, ahead = Step.of([Span(0, 0, tokens)]), Step.of([Span(0, 0, [*tokens[1:], 0])])
+    embedded = m.network.embed_ids(step.ids_T)[:, None].expand(-1, m.config.hc_mult, -1)
+    streams = m.network(step, streams=embedded.detach().clone().requires_grad_(True)).streams
+    assert streams.requires_grad
+    v = vectors(BF16 if name == "bf16" else QUANT)
+    assert_logits(m.network.logits(streams).detach(), v["logits_prefill" if name == "bf16" else "logits_exact"][0])
+    drafts = m.network.draft_stage.draft(m.network, ahead, streams)[0].detach()
+    rows = v["chunked_positions" if name == "bf16" else "positions_sel"][:-1]
+    assert_logits(drafts[rows], v["mtp_logits_prefill_sel" if name == "bf16" else "mtp_logits_exact_sel"][0])
+
+
+def test_training_forward_is_causal():
+    """No logit feels a later token, whatever version of the ops runs."""
+    m, tokens = model("bf16", unpack=True), ids("bf16")
+    made = []
+    for last in (tokens[200], tokens[200] ^ 1):
+        step = Step.of([Span(0, 0, [*tokens[:200], last, *tokens[201:260]])])
+        embedded = m.network.embed_ids(step.ids_T)[:, None].expand(-1, m.config.hc_mult, -1)
+        streams = m.network(step, streams=embedded.detach().clone().requires_grad_(True)).streams
+        made.append(m.network.logits(streams).detach())
+    assert torch.equal(made[0][:200], made[1][:200])
+    assert not torch.equal(made[0][200:], made[1][200:])

@@ -23,8 +23,8 @@ from pyrosome.errors import PyrosomeError
 app = typer.Typer(help="An engine for DeepSeek-V4-Flash.", no_args_is_help=True, pretty_exceptions_enable=False)
 
 
-data = typer.Typer(help="Look at what a recipe trains on.", no_args_is_help=True)
-app.add_typer(data, name="data")
+_data = typer.Typer(help="Look at what a recipe trains on.", no_args_is_help=True)
+app.add_typer(_data, name="data")
 
 
 def _registered(command: Callable[..., Any], to: typer.Typer = app) -> None:
@@ -43,7 +43,7 @@ def _registered(command: Callable[..., Any], to: typer.Typer = app) -> None:
 
 for _command in (run, chat, train, inspect, doctor):
     _registered(_command)
-_registered(preview, data)
+_registered(preview, _data)
 
 
 def _version(asked: bool) -> None:

@@ -35,6 +35,15 @@ def reference() -> str:
     return "\n".join(_page()) + "\n"
 
 
+def _each(group: Any, before: str = "") -> Iterator[tuple[str, Any]]:
+    """(name, command) of every command, those of groups under both names."""
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from _each(command, f"{before}{name} ")
+        else:
+            yield f"{before}{name}", command
+
+
 def _page() -> Iterator[str]:
     root: Any = typer.main.get_command(app)
     yield "# Reference"
@@ -46,7 +55,7 @@ def _page() -> Iterator[str]:
     yield "`pyrosome --install-completion` installs completion for the shell in use; `pyrosome --version` prints the"
     yield "version. Answers go to standard output and all else to standard error. On a terminal, control characters"
     yield "that a model wrote are shown as `·`; into a file or a pipe its text goes unchanged."
-    for name, command in root.commands.items():
+    for name, command in _each(root):
         yield from _command(name, command)
     yield ""
     yield "## What can be typed in `pyrosome chat`"

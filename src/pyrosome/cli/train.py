@@ -12,7 +12,7 @@ import typer
 
 from pyrosome.cli.data import RECIPE_HELP, Set, marked_text, num_learnt, samples_of, segments
 from pyrosome.cli.inspect import count_parameters
-from pyrosome.cli.terminal import INTERRUPTED, Screen, can_style, size
+from pyrosome.cli.terminal import INTERRUPTED, Screen, Stop, can_style, size
 from pyrosome.errors import RequestError
 
 if TYPE_CHECKING:
@@ -34,11 +34,14 @@ def train(
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.", show_default="probed")] = None,
     device: Annotated[str, typer.Option(help=f"Where to train: {' or '.join(DEVICES)}.")] = "cpu",
     seconds: Annotated[float | None, typer.Option(help="Save and stop after so long.", show_default="no limit")] = None,
+    start_from: Annotated[
+        Path | None, typer.Option("--from", help="A checkpoint to begin with.", show_default="seeded")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of text.")] = False,
 ) -> None:
     """Train the network a recipe describes; a run that was cut off goes on with --resume.
 
-    The result goes to standard output, progress to standard error.  Ctrl-C stops it; what was saved last is kept.
+    The result goes to standard output, progress to standard error.  Ctrl-C saves and stops it.
     """
     from pyrosome.train.recipe import Recipe
 
@@ -58,7 +61,7 @@ def train(
         return
     directory = out or RUNS / loaded.name
     _check_directory(directory, resume)
-    result = _run(loaded, directory, resume, threads, device, seconds, screen)
+    result = _run(loaded, directory, resume, threads, device, seconds, start_from, screen)
     report = {"directory": str(directory), **dataclasses.asdict(result)}
     if as_json:
         typer.echo(json.dumps(report, ensure_ascii=False, default=str))
@@ -83,6 +86,7 @@ def _run(
     threads: int | None,
     device: str,
     seconds: float | None,
+    start_from: Path | None,
     screen: Screen,
 ) -> Any:
     from rich.console import Console
@@ -92,14 +96,19 @@ def _run(
 
     styled = screen.err_is_terminal and can_style()
     console = Console(file=screen.err, force_terminal=styled, highlight=False, emoji=False, markup=False)
+    progress = Progress(recipe, console)  # the trainer begins and ends it
     try:
-        progress = Progress(recipe, console)  # the trainer begins and ends it
-        return trainer.train(
-            recipe, directory, resume=resume, threads=threads, device=device, seconds=seconds, progress=progress
-        )
-    except KeyboardInterrupt:
-        screen.notice(f"stopped; go on with --resume --out {directory}")
-        raise typer.Exit(INTERRUPTED) from None
+        with Stop() as asked:
+            result = trainer.train(
+                recipe, directory, resume=resume, threads=threads, device=device, seconds=seconds, progress=progress,
+                start_from=start_from, stop=lambda: asked.asked,
+            )  # fmt: skip
+        if not asked.asked or result.finished:
+            return result
+        screen.notice(f"stopped and saved; go on with --resume --out {directory}")
+    except KeyboardInterrupt:  # the second one: in the middle of a step
+        screen.notice(f"stopped; go on from what was saved last with --resume --out {directory}")
+    raise typer.Exit(INTERRUPTED) from None
 
 
 def _shown(found: Any) -> str:

@@ -14,6 +14,7 @@ import dataclasses
 import logging
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,7 @@ def train(
     seconds: float | None = None,
     progress: Any = None,
     start_from: str | Path | None = None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Result:
     """Train by a recipe, in a directory of its own; go on there with `resume`.
 
@@ -73,6 +75,7 @@ def train(
         threads: None: as many as a few steps run fastest with.
         seconds: stop after so long, in a state that can be resumed.
         start_from: a checkpoint whose weights are the first ones.
+        stop: asked after every step; where it says so, the run is saved and ends.
 
     Raises:
         RequestError: there is a run in the directory already, or it is of another recipe.
@@ -81,7 +84,7 @@ def train(
     """
     run = Run(recipe, directory, resume=resume, threads=threads, device=device, start_from=start_from)
     with progress or contextlib.nullcontext():
-        return run.go(seconds, progress)
+        return run.go(seconds, progress, stop)
 
 
 class Run:
@@ -166,8 +169,8 @@ class Run:
 
     # ------------------------------------------------------------- the loop
 
-    def go(self, seconds: float | None, progress: Any) -> Result:
-        """Steps until the recipe's tokens are done, or `seconds` are over."""
+    def go(self, seconds: float | None, progress: Any, stop: Callable[[], bool] = lambda: False) -> Result:
+        """Steps until the recipe's tokens are done, `seconds` are over, or `stop` says so."""
         began = saved = time.monotonic()
         state, run = self.state, self.recipe.run
         source = self.samples.source(self.stage)
@@ -206,7 +209,7 @@ class Run:
                 saved = now
                 if progress is not None:
                     progress.note(f"saved at {state.tokens:,} tokens", checkpoint=True)
-            if seconds is not None and now - began > seconds:
+            if stop() or (seconds is not None and now - began > seconds):
                 break
         finished = state.tokens >= run.max_tokens or state.stage == len(self.recipe.stages)
         self.save()
