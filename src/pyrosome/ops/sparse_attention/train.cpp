@@ -37,7 +37,8 @@ int64_t places(const Part* parts, int64_t P) {
 
 }  // namespace
 
-// q [T, H, C], turn [T, F, 2] -> out [T, H, C]; p [T, H, K] the weights of all places, zero where there is no row.
+// q [T, H, C], turn [T, F, 2] -> out [T, H, C]; p [T, H, K + 1] the weights of all places, zero where there is no row,
+// and last the sink's.
 EXPORT void pyrosome_attention_train(const float* q, const Part* parts, int64_t P, const float* sink, const float* turn,
                                      float* out, float* p, int64_t T, int64_t H, int64_t C, int64_t F, float scale,
                                      int threads) {
@@ -51,8 +52,8 @@ EXPORT void pyrosome_attention_train(const float* q, const Part* parts, int64_t 
         for (int64_t i = 0; i < P; ++i) first[i] = parts[i].rows;
         const int64_t n = keys_of(parts, P, t, row, nullptr, first, nullptr, C, at), stride = K + LANES;
         products(q + t * H * C, row, H, n, C, score, stride);
-        float* weight = p + t * H * K;
-        std::memset(weight, 0, H * K * sizeof(float));
+        float* weight = p + t * H * (K + 1);
+        std::memset(weight, 0, H * (K + 1) * sizeof(float));
         for (int64_t h = 0; h < H; ++h) {
             float* s = score + h * stride;
             float top = sink[h], mass = 0;
@@ -60,8 +61,9 @@ EXPORT void pyrosome_attention_train(const float* q, const Part* parts, int64_t 
             for (int64_t k = n; k < (n + LANES - 1) / LANES * LANES; ++k) s[k] = -INFINITY;
             for (int64_t k = 0; k < n; k += LANES) store(s + k, exp(load(s + k) - set1(top)));
             for (int64_t k = 0; k < n; ++k) mass += s[k];
-            const float share = 1 / (mass + exp1(sink[h] - top));
-            for (int64_t k = 0; k < n; ++k) weight[h * K + at[k]] = s[k] *= share;
+            const float rest = exp1(sink[h] - top), share = 1 / (mass + rest);
+            for (int64_t k = 0; k < n; ++k) weight[h * (K + 1) + at[k]] = s[k] *= share;
+            weight[h * (K + 1) + K] = rest * share;
         }
         float* o = out + t * H * C;
         weighted(score, row, H, n, C, o, stride);
@@ -98,13 +100,12 @@ EXPORT void pyrosome_attention_train_back(const float* gradient, const float* q,
                 F16 sum = zero();
                 for (int64_t c = 0; c < C; c += LANES) sum = fma(load(g + h * C + c), load(o + h * C + c), sum);
                 const float mean = fold(sum);
-                float mass = 0;
+                const float* kept = p + (t * H + h) * (K + 1);
                 for (int64_t k = 0; k < n; ++k) {
-                    const float w = p[(t * H + h) * K + at[k]];
-                    weight[h * stride + k] = w, mass += w;
+                    const float w = weight[h * stride + k] = kept[at[k]];
                     slope[h * stride + k] = w * (slope[h * stride + k] - mean) * scale;
                 }
-                dsink[strip * H + h] -= std::max(0.0f, 1 - mass) * mean;
+                dsink[strip * H + h] -= kept[K] * mean;
             }
             weighted(slope, row, H, n, C, dq + t * H * C, stride);
             spread<2>({weight, slope}, {g, q + t * H * C}, to, H, n, C, stride);

@@ -41,7 +41,7 @@ def watched_attention(
         return ops.watched_attention.definition(q_THC, parts, sink_H, rotation_TF)  # type: ignore[no-any-return]
     out_THC, p_THK = _run(q_THC, parts, sink_H, rotation_TF)
     last = parts[-1][1].shape[1]
-    return out_THC, p_THK[..., p_THK.shape[-1] - last :].sum(1)
+    return out_THC, p_THK[..., p_THK.shape[-1] - 1 - last : -1].sum(1)
 
 
 def _can(q_THC: Tensor, parts: Sequence[tuple[RowSource, Tensor]]) -> bool:
@@ -69,12 +69,12 @@ def _told(rows: Sequence[Tensor], flat: Sequence[Tensor], index: Sequence[Tensor
 
 
 class _Attention(torch.autograd.Function):
-    """(out [T, H, C], weights [T, H, K]); no gradient comes from the weights."""
+    """(out [T, H, C], weights [T, H, K + 1] of the rows and the sink); no gradient comes from the weights."""
 
     @staticmethod
     def forward(ctx: Any, q_THC: Tensor, sink_H: Tensor, turn: Tensor, flat: Any, index: Any, *rows: Tensor) -> Any:
         (T, H, C), K = q_THC.shape, sum(i.shape[1] for i in index)
-        out_THC, p_THK = torch.empty_like(q_THC), q_THC.new_empty(T, H, K)
+        out_THC, p_THK = torch.empty_like(q_THC), q_THC.new_empty(T, H, K + 1)
         native.library().attention_train(
             q_THC.data_ptr(), _told(rows, flat, index, []), len(rows), sink_H.contiguous().data_ptr(), turn.data_ptr(),
             out_THC.data_ptr(), p_THK.data_ptr(), T, H, C, turn.shape[1], C**-0.5, native.threads(),
