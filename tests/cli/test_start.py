@@ -12,7 +12,7 @@ from pyrosome.cli import terminal
 from pyrosome.cli.reference import reference
 from tests.cli.sessions import REAL, ROOT, environment, piped
 
-COMMANDS = ("run", "chat", "inspect", "doctor")
+COMMANDS = ("run", "chat", "ask", "train", "eval", "data", "inspect", "doctor")
 HEAVY = ("torch", "numpy", "safetensors", "tokenizers", "deepseek_recipe", "pyrosome.llm")
 
 

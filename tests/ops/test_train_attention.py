@@ -75,7 +75,7 @@ def test_the_mass_of_each_row(sizes):
 
 @needs_native
 def test_the_training_version_runs_only_while_gradients_are_on():
-    q, parts, sink, _ = case(4, 2, 32, [(3, 5)])
+    q, parts, _, _ = case(4, 2, 32, [(3, 5)])
     assert attention.chosen(q, parts) == watched_attention.chosen(q, parts) == "cpu-train"
     with torch.no_grad():
         assert attention.chosen(q, parts) == "cpu"

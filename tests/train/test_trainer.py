@@ -159,7 +159,6 @@ def test_a_full_disk_is_said_and_the_last_state_stays(tmp_path, monkeypatch):
     recipe = small(run__checkpoint_seconds=1e-6)
     train(recipe, tmp_path, threads=1, seconds=0)
     kept = state.load_state(tmp_path, recipe).tokens
-    usage = os.statvfs_result  # noqa: F841  (what shutil.disk_usage reads)
     monkeypatch.setattr(state.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000})())
     with pytest.raises(DoesNotFit, match="GiB"):
         train(recipe, tmp_path, threads=1, resume=True)
@@ -179,10 +178,11 @@ def test_a_machine_without_any_text_is_told_what_to_install(tmp_path, monkeypatc
 
 
 def test_a_gate_ends_a_stage_and_an_old_stages_accuracy_opens_none(tmp_path):
+    low, high = ({"kind": "records", "accuracy": accuracy} for accuracy in (0.01, 0.9))
     stages = [
-        {"name": "a", "selection": "dense", "max_tokens": 2000, "gate": {"kind": "records", "accuracy": 0.01}, "mix": [RECORDS]},
-        {"name": "b", "selection": "sparse", "max_tokens": 600, "gate": {"kind": "records", "accuracy": 0.9}, "mix": [RECORDS]},
-    ]  # fmt: skip
+        {"name": "a", "selection": "dense", "max_tokens": 2000, "gate": low, "mix": [RECORDS]},
+        {"name": "b", "selection": "sparse", "max_tokens": 600, "gate": high, "mix": [RECORDS]},
+    ]
     run = Run(small(stages=stages, run__evaluate_steps=1), tmp_path, resume=False, threads=1, device="cpu")
     run.evaluate = lambda: {"records": 0.95 if run.stage.name == "a" else 0.5}
     run.go(None, None)

@@ -11,6 +11,8 @@ from typing import Any
 import typer
 
 from pyrosome import __version__, log
+from pyrosome.cli import eval as evaluations
+from pyrosome.cli.ask import ask
 from pyrosome.cli.chat import chat
 from pyrosome.cli.data import preview
 from pyrosome.cli.doctor import doctor
@@ -24,7 +26,9 @@ app = typer.Typer(help="An engine for DeepSeek-V4-Flash.", no_args_is_help=True,
 
 
 _data = typer.Typer(help="Look at what a recipe trains on.", no_args_is_help=True)
+_eval = typer.Typer(help="What a model can do, on held-out samples, with intervals.", no_args_is_help=True)
 app.add_typer(_data, name="data")
+app.add_typer(_eval, name="eval")
 
 
 def _registered(command: Callable[..., Any], to: typer.Typer = app) -> None:
@@ -41,8 +45,10 @@ def _registered(command: Callable[..., Any], to: typer.Typer = app) -> None:
     to.command()(quiet)
 
 
-for _command in (run, chat, train, inspect, doctor):
+for _command in (run, chat, ask, train, inspect, doctor):
     _registered(_command)
+for _evaluation in (evaluations.recall, evaluations.text, evaluations.modes, evaluations.tools, evaluations.plot):
+    _registered(_evaluation, _eval)
 _registered(preview, _data)
 
 

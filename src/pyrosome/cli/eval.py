@@ -15,11 +15,11 @@ import typer
 from pyrosome.cli.first_contact import MODEL_HELP
 from pyrosome.cli.terminal import INTERRUPTED, Screen, Stop, can_style, loading
 from pyrosome.errors import RequestError
+from pyrosome.evals.watch import Watch
 
 if TYPE_CHECKING:
     from pyrosome.evals.report import Report
     from pyrosome.evals.subject import Subject
-    from pyrosome.evals.watch import Watch
 
 Model = Annotated[str, typer.Argument(help=MODEL_HELP)]
 Num = Annotated[int, typer.Option("--n", "-n", min=1, help="Questions, or passages of text.")]
@@ -203,7 +203,7 @@ def _run(as_json: bool, out: Path | None) -> Iterator[tuple[Screen, Watch, Calla
             _print(report.tables(found), screen)
 
     with Stop() as stop:
-        bar = _watch(screen, stop)
+        bar = _Bar(screen, stop)
         try:
             yield screen, bar, tell
         finally:
@@ -213,51 +213,51 @@ def _run(as_json: bool, out: Path | None) -> Iterator[tuple[Screen, Watch, Calla
         raise typer.Exit(INTERRUPTED)
 
 
-def _watch(screen: Screen, stop: Stop) -> Any:
-    from pyrosome.evals.watch import Watch
+class _Bar(Watch):
+    """A bar on standard error, where that is a terminal; Ctrl-C stops it."""
 
-    class Bar(Watch):
-        """A bar on standard error, where that is a terminal."""
+    def __init__(self, screen: Screen, stop: Stop) -> None:
+        self._screen, self._stop, self._broke_off = screen, stop, False
+        self._progress: Any = None
+        self._task: Any = None
 
-        def __init__(self) -> None:
-            self.progress: Any = None
-            self.task: Any = None
-            self.is_broken_off = False
+    @property
+    def stopped(self) -> bool:
+        return self._stop.asked or self._broke_off
 
-        @property
-        def stopped(self) -> bool:  # type: ignore[override]
-            return stop.asked or self.is_broken_off
+    @stopped.setter
+    def stopped(self, value: bool) -> None:
+        self._broke_off = value
 
-        @stopped.setter
-        def stopped(self, value: bool) -> None:
-            self.is_broken_off = value
+    def begin(self, what: str, total: int) -> None:
+        if not self._screen.err_is_terminal:
+            return
+        if self._progress is None:
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        def begin(self, what: str, total: int) -> None:
-            if not screen.err_is_terminal:
-                return
-            if self.progress is None:
-                from rich.console import Console
-                from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+            self._progress = Progress(
+                TextColumn("{task.description}", markup=False),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                console=Console(file=self._screen.err, no_color=not can_style()),
+                transient=True,
+            )
+            self._progress.start()
+        if self._task is not None:
+            self._progress.remove_task(self._task)
+        self._task = self._progress.add_task(what, total=total)
 
-                self.progress = Progress(
-                    TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
-                    TimeRemainingColumn(), console=Console(file=screen.err, no_color=not can_style()), transient=True,
-                )  # fmt: skip
-                self.progress.start()
-            if self.task is not None:
-                self.progress.remove_task(self.task)
-            self.task = self.progress.add_task(what, total=total)
+    def advance(self) -> None:
+        if self._progress is not None:
+            self._progress.advance(self._task)
 
-        def advance(self) -> None:
-            if self.progress is not None:
-                self.progress.advance(self.task)
-
-        def close(self) -> None:
-            if self.progress is not None:
-                self.progress.stop()
-            self.progress = self.task = None
-
-    return Bar()
+    def close(self) -> None:
+        """Take the bar away."""
+        if self._progress is not None:
+            self._progress.stop()
+        self._progress = self._task = None
 
 
 def _print(found: list[Any], screen: Screen) -> None:

@@ -106,12 +106,16 @@ class Mix:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stage:
-    """A part of the curriculum; ends at `max_tokens`, or at its gate but not before `min_tokens`."""
+    """A part of the curriculum; ends at `max_tokens`, or at its gate but not before `min_tokens`.
+
+    `evaluate_steps` replaces the run's, where it is not 0.
+    """
 
     name: str = value(str)
     selection: str = value(str, one_of=("dense", "warmup", "sparse"))
     max_tokens: int = value(int, low=1)
     min_tokens: int = value(int, 0, low=0)
+    evaluate_steps: int = value(int, 0, low=0)
     gate: Gate | None = None
     mix: tuple[Mix, ...]
 

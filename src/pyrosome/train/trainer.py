@@ -189,7 +189,7 @@ class Run:
             row |= {"step": state.step, "tokens": state.tokens, "stage": self.stage.name, "seconds": round(took, 4)}
             row["stage_tokens"] = state.stage_tokens
             row["tokens_per_s"] = round(batch.num_tokens / took, 1)
-            if state.step % run.evaluate_steps == 0:
+            if state.step % (self.stage.evaluate_steps or run.evaluate_steps) == 0:
                 row["accuracy"] = self.accuracy = self.evaluate()
             self.curves.append(row)
             if progress is not None:
