@@ -53,6 +53,10 @@ def test_no_such_builtin(name: str) -> None:
     refused(name, CheckpointError, name, "built in are")
 
 
+def test_a_builtin_that_is_still_to_be_trained_says_how() -> None:
+    refused("builtin:tiny", CheckpointError, "not trained yet", "pyrosome train tiny", "runs/tiny/fp8fp4")
+
+
 def test_a_directory_without_a_configuration(golden: Path) -> None:
     (golden / "config.json").unlink()
     refused(golden, CheckpointError, "config.json")

@@ -188,3 +188,23 @@ def test_a_gate_ends_a_stage_and_an_old_stages_accuracy_opens_none(tmp_path):
     run.go(None, None)
     seen = [r["stage"] for r in rows(tmp_path)]
     assert seen.count("a") == 1 and seen.count("b") >= 2
+
+
+def test_products_in_bfloat16_are_near_those_in_float32(whole, tmp_path):
+    short = {"run__max_tokens": 600, "run__decay_tokens": 0, "run__quantize_tokens": 0}
+    train(small(run__dtype="bfloat16", **short), tmp_path / "narrow", threads=1)
+    train(small(**short), tmp_path / "wide", threads=1)
+    narrow, wide = rows(tmp_path / "narrow"), rows(tmp_path / "wide")
+    assert narrow != wide
+    for a, b in zip(narrow, wide, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=0.01)
+        assert a["indexer_loss"] == pytest.approx(b["indexer_loss"], rel=0.1, abs=0.01)
+
+
+def test_a_run_measures_its_threads_where_none_are_given(tmp_path, monkeypatch):
+    monkeypatch.setattr("pyrosome.train.trainer.probe", lambda run: run() or 1)
+    short = {"run__max_tokens": 300, "run__decay_tokens": 0, "run__quantize_tokens": 0}
+    measured = train(small(**short), tmp_path / "measured")
+    train(small(**short), tmp_path / "given", threads=1)
+    assert measured.finished
+    assert rows(tmp_path / "measured") == rows(tmp_path / "given")  # measuring changed nothing

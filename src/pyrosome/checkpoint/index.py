@@ -175,6 +175,11 @@ def _locate(path_or_name: str | Path) -> Path:
     if name.startswith(BUILTIN):
         root = Path(str(resources.files("pyrosome"))) / "builtin"
         known = sorted(p.name for p in root.iterdir() if p.is_dir()) if root.is_dir() else []
+        if name == f"{BUILTIN}tiny" and "tiny" not in known:
+            raise CheckpointError(
+                f"{name} is not trained yet; its recipe is there: `pyrosome train tiny --device cuda`, and then name "
+                "runs/tiny/fp8fp4"
+            )
         if name.removeprefix(BUILTIN) not in known:
             there = ", ".join(BUILTIN + k for k in known) or "none"
             raise CheckpointError(f"{name} was asked for; built in are {there}")
