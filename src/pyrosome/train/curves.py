@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 LOSSES = ("loss", "mtp_loss", "indexer_loss")
+_HIGHEST_LOSS = 8.0  # drawn: one spike, where a stage begins, would flatten all else
 _SMOOTHED_OVER = 50  # steps, at most; a short run over fewer
 
 
@@ -134,7 +135,8 @@ def plot(path_jsonl: str | Path, path_png: str | Path) -> None:
             axes.axvline(tokens, color="grey", linewidth=0.8, linestyle="--")
         axes.grid(alpha=0.2)
     for tokens, stage in _borders(rows):
-        losses.annotate(str(stage), (tokens, 1.01), xycoords=("data", "axes fraction"), fontsize="small", color="grey")
+        at = {"xycoords": ("data", "axes fraction"), "fontsize": "small", "color": "grey", "rotation": 40}
+        losses.annotate(str(stage), (tokens, 1.01), **at)
     partial = Path(path_png).with_name(f".{Path(path_png).name}.partial")
     try:
         figure.savefig(partial, dpi=110, format="png")
@@ -201,13 +203,14 @@ def smoothed(values: Sequence[float], over: int) -> list[float]:
 
 
 def _draw_losses(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
-    for key in LOSSES:
-        tokens, values = _points(rows, key)
+    held = [_points(rows, key) for key in LOSSES]
+    for key, (tokens, values) in zip(LOSSES, held, strict=True):
         if values:
             (line,) = axes.plot(tokens, values, linewidth=0.5, alpha=0.3)
             over = max(1, min(_SMOOTHED_OVER, len(values) // 10))
             axes.plot(tokens, smoothed(values, over), color=line.get_color(), label=key.replace("_", " "))
-    axes.set(ylabel="loss (nats per token)", ylim=(0, None))
+    top = max((max(values[len(values) // 50 :], default=1.0) for _, values in held if values), default=1.0)
+    axes.set(ylabel="loss (nats per token)", ylim=(0, min(top, _HIGHEST_LOSS)))
     if axes.lines:
         axes.legend(loc="upper right", fontsize="small")
 
@@ -218,4 +221,4 @@ def _draw_accuracy(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
         axes.plot(*_points(flat, kind), marker=".", linewidth=1, label=kind)
     axes.set(ylabel="held-out accuracy", ylim=(-0.02, 1.02))
     if axes.lines:
-        axes.legend(loc="lower right", fontsize="small")
+        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize="small")  # a dozen kinds would hide curves

@@ -7,7 +7,7 @@ Sources: DeepSeek-V4 report, sections 2 and 4.2.2 (MTP, balance); DeepSeek-V3.2 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -138,3 +138,13 @@ def rebalance(fixed: dict[str, Tensor], model: Network, load: dict[str, Tensor],
         moved = fixed[bias].to(load_E.device) + speed * torch.sign(load_E.float().mean() - load_E.float())
         fixed[bias] = moved
         model.get_submodule(name).bias.copy_(moved)  # type: ignore[union-attr, operator]
+
+
+@torch.no_grad()
+def first_bad(model: Network, batch: Batch, gradients: Mapping[str, Tensor]) -> str:
+    """Where a step's first value that is not finite is: a layer's output, or else a gradient."""
+    taps = model(batch.step, taps=range(len(model.layers))).taps
+    if bad := [i for i, streams in taps.items() if not torch.isfinite(streams).all()]:
+        return f"layer {bad[0]}'s output"
+    names = [n for n, g in gradients.items() if not torch.isfinite(g).all()]
+    return f"the gradient of {names[0]}" if names else "the loss alone"

@@ -27,7 +27,7 @@ from pyrosome.model.deepseek_v4 import Indexer
 from pyrosome.train.batch import Batch, pack
 from pyrosome.train.curves import Curves, plot
 from pyrosome.train.data import Samples, in_steps, tokenizer_for
-from pyrosome.train.loss import Losses, losses, rebalance
+from pyrosome.train.loss import Losses, first_bad, losses, rebalance
 from pyrosome.train.muon import Tuner
 from pyrosome.train.network import (
     Masters,
@@ -292,20 +292,10 @@ class Run:
         return reached if self._gate_is_open() else f"{reached}: MISSED, it had no more tokens"
 
     def _not_finite(self, batch: Batch, gradients: dict[str, Tensor], loss: float) -> TrainError:
-        """Which layer it was; the last state on disk is the last good one."""
-        where = "no layer's output: a gradient"
-        with torch.no_grad():
-            taps = self.model(batch.step, taps=range(len(self.model.layers))).taps
-        bad = [i for i, streams in taps.items() if not torch.isfinite(streams).all()]
-        if bad:
-            where = f"layer {bad[0]}'s output"
-        else:
-            names = [n for n, g in gradients.items() if not torch.isfinite(g).all()]
-            where = f"the gradient of {names[0]}" if names else "the loss alone"
         return TrainError(
-            f"step {self.state.step + 1}: the loss is {loss} and the first value that is not finite is in {where}; "
-            f"the state of {self.state.tokens:,} tokens or a little before is kept in {self.directory}: resume with a "
-            "lower optimizer.muon_lr or optimizer.clip"
+            f"step {self.state.step + 1}: the loss is {loss} and the first value that is not finite is in "
+            f"{first_bad(self.model, batch, gradients)}; the state of {self.state.tokens:,} tokens or a little before is "
+            f"kept in {self.directory}: resume with a lower optimizer.muon_lr or optimizer.clip"
         )
 
     # ------------------------------------------------------------- on disk
