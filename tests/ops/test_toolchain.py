@@ -258,6 +258,8 @@ def test_a_wheel_has_a_library_for_each_level_and_all_sources(tmp_path, stub):
         assert str(theirs.library(level).relative_to(tmp_path / "unpacked")) in libraries
     here = {str(p.relative_to(ROOT / "src")) for p in toolchain.sources()}
     assert here == {f for f in files if f.endswith((".cpp", ".h"))}
+    data = ("train/recipes/nano.toml", "builtin/ledger.txt", "builtin/nano/config.json", "builtin/nano/tokenizer.json")
+    assert {f"pyrosome/{name}" for name in data} <= files
     (metadata,) = (tmp_path / "unpacked").glob("*.dist-info/WHEEL")
     assert "Root-Is-Purelib: false" in metadata.read_text()
 

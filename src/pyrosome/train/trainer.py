@@ -294,8 +294,8 @@ class Run:
     def _not_finite(self, batch: Batch, gradients: dict[str, Tensor], loss: float) -> TrainError:
         return TrainError(
             f"step {self.state.step + 1}: the loss is {loss} and the first value that is not finite is in "
-            f"{first_bad(self.model, batch, gradients)}; the state of {self.state.tokens:,} tokens or a little before is "
-            f"kept in {self.directory}: resume with a lower optimizer.muon_lr or optimizer.clip"
+            f"{first_bad(self.model, batch, gradients)}; the state of {self.state.tokens:,} tokens or a little before "
+            f"is kept in {self.directory}: resume with a lower optimizer.muon_lr or optimizer.clip"
         )
 
     # ------------------------------------------------------------- on disk
