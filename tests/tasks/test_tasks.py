@@ -7,6 +7,9 @@ import pytest
 
 from pyrosome import tasks
 from pyrosome.errors import RequestError
+from pyrosome.tasks import make
+from pyrosome.tasks.heldout import is_held_out
+from pyrosome.tasks.sums import steps_of
 from pyrosome.tasks.words import COMMANDS, FILLER, NAMES, ORDINALS, VALUES
 
 THINKING = ("ledger", "ordinal", "several", "sums", "tool", "dialogue")
@@ -126,6 +129,27 @@ def test_sums_are_right_and_so_is_each_step(heldout):
             assert steps[-1][1] == message["content"]
             ops.add(op)
     assert ops == {"+", "-"}
+
+
+@pytest.mark.parametrize("terms", [3, 5])
+@pytest.mark.parametrize("heldout", [False, True])
+def test_longer_sums_go_from_left_to_right(terms, heldout):
+    for sample in samples("sums", 200, heldout=heldout, thinking="high", terms=terms):
+        question, message = sample.messages
+        parts = question["content"].split()
+        assert len(parts) == 2 * terms - 1 and is_held_out(*parts) == heldout
+        value, ways = int(parts[0]), []
+        for op, number in zip(parts[1::2], parts[2::2], strict=True):
+            ways.append(steps_of(value, op, int(number)))
+            value += int(number) if op == "+" else -int(number)
+            assert 0 <= value <= 99
+        assert message["content"] == str(value) and message["reasoning_content"] == " ; ".join(ways)
+
+
+@pytest.mark.parametrize("terms", [1, 9, 2.0, True])
+def test_a_sum_of_so_many_numbers_is_refused(terms):
+    with pytest.raises(RequestError, match=f"terms = {terms!r} .* from 2 to 8"):
+        make("sums", random.Random(0), 40, terms=terms)
 
 
 def test_the_tool_is_called_for_names_and_for_nothing_else():

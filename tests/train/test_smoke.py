@@ -14,7 +14,7 @@ NUM_STAGES = len(Recipe.load("nano").stages)
 @pytest.mark.parametrize("name", ["nano"])
 def test_the_recipe_turns(name, tmp_path):
     stages = [f"stages.{i}.max_tokens=12_000" for i in range(NUM_STAGES - 1)]
-    short = ["run.max_tokens=90_000", "run.decay_tokens=30_000", "run.quantize_tokens=10_000"]
+    short = ["run.max_tokens=100_000", "run.decay_tokens=30_000", "run.quantize_tokens=10_000"]
     less = ["run.evaluate_steps=3", "run.evaluate_samples=1", f"stages.{NUM_STAGES - 1}.evaluate_steps=4"]
     recipe = Recipe.load(name, [*stages, *short, *less])
     result = train(recipe, tmp_path, threads=1)

@@ -108,6 +108,7 @@ def modes(
     model: Model,
     n: Num = 256,
     thinking: Annotated[str, typer.Option(help="Modes to ask in, with commas.")] = "off,high,max",
+    terms: Annotated[int, typer.Option(min=2, max=8, help="Numbers in a sum.")] = 2,
     max_tokens: MaxTokens = 128,
     numerics: Numerics = "trained",
     kv_format: KVFormat = None,
@@ -121,8 +122,8 @@ def modes(
 
     asked = _parts("--thinking", thinking)
     with _run(as_json, out) as (screen, watch, tell), _opened(model, numerics, kv_format, screen) as subject:
-        figures = modes(subject, n, seed, asked, max_tokens, watch)
-        tell(report("modes", subject, model, _command(), seed, n=n, **figures))
+        figures = modes(subject, n, seed, asked, max_tokens, watch, terms)
+        tell(report("modes", subject, model, _command(), seed, n=n, terms=terms, **figures))
 
 
 def tools(

@@ -17,14 +17,14 @@ from pyrosome.tasks.scoring import is_right
 MAX_TOKENS = 128
 
 
-def questions(n: int, seed: int) -> list[Sample]:
-    """`n` held-out sums, no question twice.
+def questions(n: int, seed: int, terms: int = 2) -> list[Sample]:
+    """`n` held-out sums of `terms` numbers, no question twice.
 
     Raises:
         RequestError: there are not so many.
     """
-    rng = random.Random(f"modes/{seed}")
-    return distinct(n, lambda: tasks.make("sums", rng, 1, heldout=True), "sums")
+    rng = random.Random(f"modes/{seed}" if terms == 2 else f"modes/{seed}/{terms}")
+    return distinct(n, lambda: tasks.make("sums", rng, 1, heldout=True, terms=terms), "sums")
 
 
 def modes(
@@ -34,15 +34,16 @@ def modes(
     thinking: tuple[str, ...] = THINKING,
     max_tokens: int = MAX_TOKENS,
     watch: Watch | None = None,
+    terms: int = 2,
 ) -> dict[str, Any]:
-    """Ask the same `n` held-out sums in each mode; figures as plain data.
+    """Ask the same `n` held-out sums of `terms` numbers in each mode; figures as plain data.
 
     Raises:
         RequestError: there is no such mode, or there are not so many sums.
     """
     if unknown := [m for m in thinking if m not in THINKING]:
         raise RequestError(f"the mode {unknown[0]!r} was asked for; there are {', '.join(THINKING)}")
-    watch, asked = watch or Watch(), questions(n, seed)
+    watch, asked = watch or Watch(), questions(n, seed, terms)
     answers: dict[str, list[Answer]] = {}
     for mode in thinking:
         answers[mode] = _answered(subject, asked, mode, max_tokens, watch)

@@ -189,7 +189,8 @@ def _modes(one: Report) -> list[Table]:
         (m["thinking"], m["over"], str(m["n"]), margin(m), "yes" if m["apart"] else "no") for m in one["margins"]
     ]
     head = ("thinking", "over", "n", "margin", "intervals apart")
-    return [Table(f"held-out sums, seed {one['seed']}", titles, rows), Table("margins", head, margins, 2)]
+    numbers = one.get("terms", 2)
+    return [Table(f"held-out sums of {numbers} numbers, seed {one['seed']}", titles, rows), Table("margins", head, margins, 2)]
 
 
 _TOOL_ROWS = {

@@ -58,12 +58,12 @@ def checked_thinking(thinking: str) -> str:
     return thinking
 
 
-def checked_count(name: str, value: int, most: int) -> int:
-    """`value` of the knob `name` if it is a whole number from 1 to `most`.
+def checked_count(name: str, value: int, most: int, least: int = 1) -> int:
+    """`value` of the knob `name` if it is a whole number from `least` to `most`.
 
     Raises:
         RequestError
     """
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-        raise RequestError(f"{name} = {value!r} was asked for; it is a whole number from 1 to {most}")
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise RequestError(f"{name} = {value!r} was asked for; it is a whole number from {least} to {most}")
     return value
