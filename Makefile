@@ -22,8 +22,8 @@ $(READY): pyproject.toml requirements/dev.txt
 	$(BIN)/python -m pyrosome.ops.native
 	touch $(READY)
 
-run: $(READY) ## generate from the built-in checkpoint
-	$(BIN)/pyrosome run
+run: $(READY) ## ask the built-in model about a document, and see where its indexer looked
+	$(BIN)/pyrosome ask builtin:ledger "? falcon"
 
 test: $(READY) ## the default test run: no GPU, no network, no weights
 	$(BIN)/python -m pytest

@@ -29,7 +29,7 @@ from pyrosome.cache.streams import cache_tokens_in
 from pyrosome.engine.request import Ended, Request, TokenEvent
 from pyrosome.options import EngineOptions, SamplingParams
 from pyrosome.session import common_prefix
-from pyrosome.testing.traces import Turn, agent_trace, chat_trace
+from pyrosome.testing.traces import TEXT, Turn, agent_trace, chat_trace
 
 RESULTS = Path(__file__).parent / "results"
 ANSWER = SamplingParams(max_tokens=4, temperature=0, ignore_eos=True)
@@ -127,6 +127,11 @@ def cache_for(llm: LLM, tokens: int) -> int:
     return bisect.bisect_left(range(1 << 40), tokens, key=lambda n: cache_tokens_in(config, kv_format, n, sequences))
 
 
+def letters_of(llm: LLM, tokens: int) -> int:
+    """Characters of a trace's text that this model's tokenizer makes about so many tokens of."""
+    return round(tokens * len(TEXT) / len(llm.tokenizer.encode(TEXT)))
+
+
 def main() -> int:
     """Run the three; exit status 1 where a promise is not kept."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -139,9 +144,9 @@ def main() -> int:
     args = parser.parse_args()
     torch.set_num_threads(1)
     turns, repeats, scale = (3, 1, 20) if args.quick else (args.turns, args.repeats, 1)
-    preamble, total = 20_000 // scale, 60_000 // scale
     record = {**records.machine(), "bench": "agents"}
     with LLM("builtin:nano") as llm:
+        preamble, total = (letters_of(llm, tokens // scale) for tokens in (20_000, 60_000))
         record["agent"] = one_alone(llm, lambda: agent_trace(turns, preamble, total), repeats)
         record["chat"] = one_alone(llm, lambda: chat_trace(turns, preamble, total), repeats)
     record["interleaved"] = interleaved(args.agents, turns, preamble, total, args.room)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -51,8 +52,8 @@ def test_the_two_commands_are_targets_of_the_makefile():
 
 def test_make_run_prints_what_the_readme_shows():
     recipe = re.search(r"^run:.*\n\t(.+)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
-    assert recipe and recipe[1].split()[0] == "$(BIN)/pyrosome"
-    command = [sys.executable, "-m", "pyrosome", *recipe[1].split()[1:]]
+    assert recipe and shlex.split(recipe[1])[0] == "$(BIN)/pyrosome"
+    command = [sys.executable, "-m", "pyrosome", *shlex.split(recipe[1])[1:]]
     done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, check=True)
     shown = re.search(r"<!-- output: pyrosome run -->\n```text\n(.*?)^```", README, re.MULTILINE | re.DOTALL)[1]
     said = (done.stdout + done.stderr).decode("utf-8", "replace")

@@ -38,6 +38,12 @@ def after(fresh, ids, params=GREEDY):
     return fresh.generate([ids], params)[0].token_ids
 
 
+def needed(llm) -> int:
+    """Tokens computed so far, less those that were drafted in vain."""
+    stats = llm.stats()
+    return stats.computed_tokens - (sum(stats.drafted) - sum(stats.accepted))
+
+
 def test_a_session_goes_on_from_all_that_was_said(llm, fresh):
     with llm.session(PROMPT) as s:
         ids = llm.encode(PROMPT)
@@ -100,13 +106,15 @@ def test_a_stream_that_is_closed_stops_and_what_was_said_stays(llm, fresh):
 def test_a_conversation_computes_what_is_new(llm, fresh):
     params = SamplingParams(max_tokens=12, temperature=0)
     with llm.session() as s:
-        messages = [{"role": "system", "content": PROMPT * 3}, {"role": "user", "content": "hello"}]
+        messages = [{"role": "system", "content": PROMPT * 5}, {"role": "user", "content": "hello"}]
+        whole_blocks = llm.chat_template.stable(llm.chat_template.conversation(messages, "off")) // 128 * 128
+        assert whole_blocks >= 512
         first = s.chat(messages, "off", params=params)
         assert [m["role"] for m in s.messages] == ["system", "user", "assistant"]
-        computed = llm.stats().computed_tokens
+        computed = needed(llm)
         second = s.chat([{"role": "user", "content": "go on"}], "off", params=params)
-        # Noise is not rendered as it was said, so the turn goes on from the block before it.
-        assert llm.stats().computed_tokens - computed <= len(s.ids) - 512 < 300
+        # An answer may be rendered otherwise than it was said, and then the turn goes on from the block before it.
+        assert needed(llm) - computed <= len(s.ids) - whole_blocks
         everything = [*messages, first.to_dict(), {"role": "user", "content": "go on"}]
         assert second == fresh.chat(everything, "off", params=params)
         s.extend([{"role": "user", "content": "once more"}])

@@ -13,7 +13,7 @@ from pyrosome.testing.traces import agent_trace
 
 def test_the_quick_form_leaves_a_record_of_the_three_measurements(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(agents, "RESULTS", tmp_path)
-    monkeypatch.setattr("sys.argv", ["agents", "--quick", "--agents", "3", "--room", "2"])
+    monkeypatch.setattr("sys.argv", ["agents", "--quick", "--agents", "4", "--room", "2"])
     assert agents.main() == 0
     record = json.loads((tmp_path / "agents.jsonl").read_text())
     assert record["bench"] == "agents" and {"date", "commit", "cpu", "threads"} < set(record)
@@ -21,11 +21,12 @@ def test_the_quick_form_leaves_a_record_of_the_three_measurements(monkeypatch, t
         assert found["turns"] == 3 and 0 < found["least_reused_share"] <= found["median_reused_share"] <= 1
         assert found["least_because"].startswith("no common prefix: the prompt leaves what is known")
     for found in (record["agent"], record["chat"]):
-        assert found["last_prompt"] > found["first_prompt"] > 1000 and found["openings"] == 1
+        assert 1000 < found["first_prompt"] < 2500 < found["last_prompt"] < 4500, "in tokens, of any tokenizer"
+        assert found["openings"] == 1
         assert min(found["turn_1_first_s"], found["turn_2_first_s"], found["turn_2_cpu_share"]) > 0
         assert found["turn_2_share"] == found["turn_2_first_s"] / found["turn_1_first_s"]
     many = record["interleaved"]
-    assert (many["agents"], many["room"]) == (3, 2)
+    assert (many["agents"], many["room"]) == (4, 2)
     assert many["restored_blocks"] > 0 and many["computed_tokens"] < many["prompt_tokens"]
     assert many["first_turn_s"] > 0 and many["later_turn_s"] > 0
     assert "least_reused_share" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""`LLM.chat`: a conversation in, a message out, with the built-in model."""
+"""`LLM.chat`: a conversation in, a message out."""
 
 import contextlib
 
@@ -50,7 +50,8 @@ def scripted(llm, monkeypatch):
     return say
 
 
-def test_an_answer_comes_whole_or_in_pieces(llm):
+def test_an_answer_comes_whole_or_in_pieces(noise_checkpoint):
+    llm = LLM(noise_checkpoint)
     params = SamplingParams(max_tokens=10, seed=1)
     message = llm.chat(ASK, "off", params=params)
     assert isinstance(message, Message) and message.finish_reason == "length" and not message.reasoning

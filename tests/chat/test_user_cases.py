@@ -535,12 +535,12 @@ def test_ENC_13_a_tool_turn_without_its_thoughts_is_rendered():
     assert "<｜Assistant｜><think></think>\n\n<｜DSML｜tool_calls>" in chat().render(body).text
 
 
-def test_ENC_14_a_stream_has_no_empty_piece_one_end_and_its_usage_last():
+def test_ENC_14_a_stream_has_no_empty_piece_one_end_and_its_usage_last(noise_checkpoint):
     from pyrosome.chat.events import Done
     from pyrosome.llm import LLM
     from pyrosome.options import SamplingParams
 
-    llm = LLM("builtin:nano")
+    llm = LLM(noise_checkpoint)
     events = list(llm.chat_stream([ASK], "max", params=SamplingParams(max_tokens=12, seed=3)))
     assert [isinstance(e, Done) for e in events] == [False] * (len(events) - 1) + [True]
     assert all(getattr(e, "text", "x") for e in events)

@@ -305,8 +305,10 @@ def test_a_long_load_draws_a_bar_and_takes_it_away(tmp_path):
     child.close(force=True)
 
 
-def test_a_real_model_talks_stops_and_talks_again(tmp_path):
-    child = at_terminal(tmp_path, "chat", "--think", "off", "--max-tokens", "100000", program=REAL, columns=200)
+def test_a_real_model_talks_stops_and_talks_again(tmp_path, noise_checkpoint):
+    child = at_terminal(
+        tmp_path, "chat", str(noise_checkpoint), "--think", "off", "--max-tokens", "100000", program=REAL, columns=200
+    )
     ready(child)
     child.sendline("Hello")
     child.expect_exact("\r\n")

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from pyrosome.cli import machine, recorded
+from pyrosome.cli import self_test as tested
 from pyrosome.cli.doctor import choices
-from pyrosome.cli.self_test import NEW_TOKENS, PROMPTS, prompt_ids, self_test
+from pyrosome.cli.self_test import NEW_TOKENS, PROMPTS, fingerprint, prompt_ids, record, self_test
 from pyrosome.llm import load_model
 from pyrosome.ops.seam import OPS
 from tests.checkpoint.files import DATA
@@ -27,8 +28,12 @@ def failed(findings):
 
 def test_the_built_in_model_answers_as_recorded(nano):
     findings = self_test(nano, "builtin:nano")
-    assert len(findings) == 3 * len(PROMPTS) and failed(findings) == set()
+    assert len(findings) == 3 * len(recorded.CASES) == 9 and failed(findings) == set()
     assert all(len(c["answer"]) == len(c["logprobs"]) == NEW_TOKENS for c in recorded.CASES)
+    assert all(c["prompt"].endswith(f["prompt"].removeprefix("... ")) and len(f["prompt"]) < 60
+               for c, f in zip(recorded.CASES, findings[::3], strict=True))  # fmt: skip
+    config = nano.config
+    assert max(len(c["ids"]) for c in recorded.CASES) > max(128, 4 * config.index_topk, config.sliding_window)
 
 
 def test_a_changed_weight_is_found_by_the_recorded_answers(nano):
@@ -42,7 +47,7 @@ def test_a_small_change_of_a_logprob_is_found(nano, monkeypatch):
     cases[2]["logprobs"][-1] += 0.01
     monkeypatch.setattr(recorded, "CASES", cases)
     (finding,) = (f for f in self_test(nano, "builtin:nano") if not f["ok"])
-    assert (finding["check"], finding["prompt"]) == ("as recorded", PROMPTS[2])
+    assert finding["check"] == "as recorded" and cases[2]["prompt"].endswith(finding["prompt"].removeprefix("... "))
 
 
 def test_a_logit_that_is_not_finite_is_found(nano):
@@ -60,13 +65,31 @@ def test_a_logit_that_is_not_finite_is_found(nano):
 
 def test_a_route_that_gives_other_logits_is_found(nano):
     logits = nano.logits
-    nano.logits = lambda ids, cuts=None: logits(ids, cuts) + 0.01
+    nano.logits = lambda ids, cuts=None: logits(ids, cuts) * 1.001
     assert failed(self_test(nano, "builtin:nano")) == {"whole = token by token"}
 
 
 def test_answers_recorded_with_other_weights_are_not_compared(nano, monkeypatch):
     monkeypatch.setattr(recorded, "WEIGHTS", "of another release")
     assert failed(self_test(nano, "builtin:nano")) == {"as recorded"}
+
+
+def test_what_is_recorded_are_clear_answers_to_one_prompt_of_each_task(nano, tmp_path, monkeypatch):
+    monkeypatch.setattr(tested, "NUM_TRIED", 2)
+    monkeypatch.setattr(tested, "SAFE_MARGIN", 0.0)
+    record(tmp_path / "recorded.py")
+    told: dict = {}
+    exec((tmp_path / "recorded.py").read_text(encoding="utf-8"), told)
+    assert told["WEIGHTS"] == fingerprint(nano.path) and len(told["CASES"]) == 3
+    for case in told["CASES"]:
+        assert case["ids"] == prompt_ids(nano, case["prompt"])
+        rows = nano.logits([*case["ids"], *case["answer"]])[len(case["ids"]) - 1 : -1].log_softmax(-1)
+        assert rows.argmax(-1).tolist() == case["answer"]
+        assert rows.max(-1).values.tolist() == pytest.approx(case["logprobs"], abs=1e-3)
+    monkeypatch.setattr(tested, "SAFE_MARGIN", 1e6)
+    with pytest.raises(RuntimeError, match="asked for ledger, the model is nowhere surer"):
+        record(tmp_path / "other.py")
+    assert not (tmp_path / "other.py").exists()
 
 
 def test_any_checkpoint_is_tested_by_its_routes_with_a_tokenizer_or_without():
@@ -90,7 +113,7 @@ def test_the_whole_report_is_one_object(tmp_path):
     done = piped(tmp_path, "doctor", "--json", program=REAL)
     report = json.loads(done.stdout)
     assert done.returncode == 0 and report["ok"], done.stderr.decode()
-    assert len(report["self_test"]) == 3 * len(PROMPTS) and report["versions"]["torch"]
+    assert len(report["self_test"]) == 3 * len(recorded.CASES) and report["versions"]["torch"]
     assert report["memory"]["total"] > 0 and report["disk"]["free"] > 0 and report["cpu"]["cores"] >= 1
 
 

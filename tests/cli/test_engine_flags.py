@@ -64,9 +64,9 @@ def test_a_cache_of_no_size_is_refused(gib):
         engine_options(gib, "auto", 0, None)
 
 
-def test_run_writes_its_trace_and_logs_every_so_many_steps(tmp_path):
+def test_run_writes_its_trace_and_logs_every_so_many_steps(tmp_path, noise_checkpoint):
     done = piped(
-        tmp_path, "run", "builtin:nano", "--max-tokens", "12", "--drafter", "off", "--log-every", "4",
+        tmp_path, "run", str(noise_checkpoint), "--max-tokens", "12", "--drafter", "off", "--log-every", "4",
         "--trace", str(tmp_path / "out.json"), program=REAL, PYROSOME_LOG="ERROR",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr.decode()

@@ -14,19 +14,21 @@ from pyrosome import LLM
 from pyrosome.engine.request import Request
 from pyrosome.options import SamplingParams
 from pyrosome.session import common_prefix
+from pyrosome.testing.make_nano import VOCABULARY
 from pyrosome.testing.shapes import tiny
 from pyrosome.testing.traces import agent_trace, chat_trace
 from tests.engine.engines import bytes_for, engine_of, run
 from tests.networks import network
 
-CONFIG = tiny((0, 4, 128), vocab_size=320)  # the vocabulary of the tokenizer that writes the conversations
+CONFIG = tiny((0, 4, 128), vocab_size=VOCABULARY)  # of the tokenizer that writes the conversations
 MAX_TOKENS = 4
 ANSWER = SamplingParams(max_tokens=MAX_TOKENS, temperature=0, ignore_eos=True, logprobs=4)
 
 
 @pytest.fixture(scope="module")
-def llm():
-    with LLM("builtin:nano") as one:
+def llm(noise_checkpoint):
+    """Writes the conversations: a token for each character, so that they are as long as the traces say."""
+    with LLM(noise_checkpoint) as one:
         yield one
 
 

@@ -12,7 +12,8 @@ from pyrosome.errors import EngineError, RequestError
 from pyrosome.options import Constraint, SamplingParams
 from tests.chat.cases import NANO, OFFICIAL, TOOLS, block, called, prompt_for, read, tokenizer
 
-HOMES = {"official": (OFFICIAL, 129280), "nano": (NANO, 512)}  # nano: a network with more ids than its tokenizer
+NUM_SPARE = 192  # a network may have more ids than its tokenizer
+HOMES = {"official": (OFFICIAL, 129280), "nano": (NANO, tokenizer(NANO).vocab_size + NUM_SPARE)}
 GRAMMARS = {name: Grammars(home / "tokenizer.json", size, 1) for name, (home, size) in HOMES.items()}
 EOS, PARAMS = 1, SamplingParams()
 PERSON = {
@@ -299,9 +300,10 @@ def test_what_cannot_be_a_grammar_is_refused_by_name(kind, schema, message):
 def test_other_requests_that_cannot_be_met_are_refused(tmp_path):
     with pytest.raises(RequestError, match="leaves none open"):
         GRAMMARS["nano"].compile(Constraint("regex", "a", after_reasoning=True), None, PARAMS)
-    with pytest.raises(RequestError, match="think_end is 600"):
-        GRAMMARS["nano"].compile(None, 600, PARAMS)
-    with pytest.raises(RequestError, match="320 ids and the network 100"):
+    outside = HOMES["nano"][1] + 88
+    with pytest.raises(RequestError, match=f"think_end is {outside}"):
+        GRAMMARS["nano"].compile(None, outside, PARAMS)
+    with pytest.raises(RequestError, match=f"{tokenizer(NANO).vocab_size} ids and the network 100"):
         Grammars(NANO / "tokenizer.json", 100, EOS).compile(KINDS["regex"], None, PARAMS)
     (tmp_path / "t.json").write_text("{}", encoding="utf-8")
     with pytest.raises(RequestError, match="no usable tokenizer"):
@@ -309,8 +311,8 @@ def test_other_requests_that_cannot_be_met_are_refused(tmp_path):
 
 
 def test_a_grammar_that_is_stuck_ends_that_answer_alone():
-    letter = tokenizer(NANO).encode("b")[0]
-    guide = GRAMMARS["nano"].compile(Constraint("regex", "a|bc"), None, SamplingParams(stop_token_ids=(letter + 1,)))
+    letter, end = tokenizer(NANO).encode("b")[0], tokenizer(NANO).encode("c")[0]
+    guide = GRAMMARS["nano"].compile(Constraint("regex", "a|bc"), None, SamplingParams(stop_token_ids=(end,)))
     guide.accept(letter)
     guide.prepare([])
     with pytest.raises(EngineError, match="regex constraint allows no token after 1"):
@@ -321,7 +323,7 @@ def test_a_grammar_that_is_stuck_ends_that_answer_alone():
 
 
 def test_compiled_grammars_are_kept_and_bounded():
-    grammars, kept = Grammars(NANO / "tokenizer.json", 512, EOS), []
+    grammars, kept = Grammars(NANO / "tokenizer.json", HOMES["nano"][1], EOS), []
     for n in range(MAX_CACHED + 5):
         grammars.compile(Constraint("regex", f"a{{{n + 1}}}"), None, PARAMS)
         grammars.compile(KINDS["regex"], None, PARAMS).accept(tokenizer(NANO).encode("a")[0])

@@ -317,8 +317,8 @@ def test_flags_name_what_they_change():
         load_options("disk", False, "auto")
 
 
-def test_the_command_takes_it_and_says_the_same():
-    line = ["-m", "pyrosome", "run", "-p", "Hello", "--max-tokens", "4", "--json"]
+def test_the_command_takes_it_and_says_the_same(noise_checkpoint):
+    line = ["-m", "pyrosome", "run", str(noise_checkpoint), "-p", "Hello", "--max-tokens", "4", "--json"]
     told = []
     for more in ([], ["--experts", "mapped", "--numa", "off"]):
         done = subprocess.run([sys.executable, *line, *more], capture_output=True, text=True, check=False)

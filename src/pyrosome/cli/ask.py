@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pyrosome.cli.chat import MODES, NOISE_TOKENS, Answer
+from pyrosome.cli.chat import BUILTIN_TOKENS, MODES, Answer
 from pyrosome.cli.document import SHIPPED, Document, Located
 from pyrosome.cli.engine_flags import (
     CACHE_GIB,
@@ -81,7 +81,7 @@ def ask(
     """
     given = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
     if model == BUILTIN and max_tokens is None:
-        given["max_tokens"] = NOISE_TOKENS
+        given["max_tokens"] = BUILTIN_TOKENS
     given = {k: v for k, v in given.items() if v is not None}
     SamplingParams(**given)  # type: ignore[arg-type]  # what is out of range is refused before the load
     if think not in MODES:

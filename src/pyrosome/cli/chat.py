@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 Thinking = Literal["off", "high", "max"]
 MODES: tuple[Thinking, ...] = get_args(Thinking)
-NOISE_TOKENS = 256  # the built-in model never says that it is done
+BUILTIN_TOKENS = 256  # its answers are short; asked what it was not taught, it may not come to an end
 
 
 def chat(
@@ -71,7 +71,7 @@ def chat(
     mode = _mode(think)
     asked = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
     if model in (None, BUILTIN) and max_tokens is None:
-        asked["max_tokens"] = NOISE_TOKENS
+        asked["max_tokens"] = BUILTIN_TOKENS
     given = {k: v for k, v in asked.items() if v is not None}
     SamplingParams(**given)  # type: ignore[arg-type]  # what is out of range is refused before the load
     options = engine_options(cache_gib, drafter, log_every, trace)

@@ -19,9 +19,11 @@ def official_note(command: str) -> str:
         ("DeepSeek-V4-Flash-0731", official_bytes(dspark, 3), official_bytes(dspark, 0)),  # its draft head is left out
     )
     lines = [
-        f"No model was named, so this is {BUILTIN}: seeded random weights in the official layout. Its text is noise, "
-        "and shows that loader, cache and sampler work here.",
+        f"No model was named, so this is {BUILTIN}: a small network of the true architecture in the official layout. "
+        "It was taught ledgers of short records, small sums and one tool, and knows nothing of anything else.",
         "What can be done now:",
+        '    pyrosome ask builtin:ledger "? falcon"    find a record in a document, and see where it looked',
+        "    pyrosome chat    ask for 37 + 25, and see it think",
         "    pyrosome doctor    check this machine and this installation",
         f"    pyrosome inspect {BUILTIN}    see what a checkpoint holds",
         "For the official weights, name a directory with config.json, tokenizer.json, the index and all shards:",

@@ -189,8 +189,8 @@ def _modes(one: Report) -> list[Table]:
         (m["thinking"], m["over"], str(m["n"]), margin(m), "yes" if m["apart"] else "no") for m in one["margins"]
     ]
     head = ("thinking", "over", "n", "margin", "intervals apart")
-    numbers = one.get("terms", 2)
-    return [Table(f"held-out sums of {numbers} numbers, seed {one['seed']}", titles, rows), Table("margins", head, margins, 2)]
+    title = f"held-out sums of {one.get('terms', 2)} numbers, seed {one['seed']}"
+    return [Table(title, titles, rows), Table("margins", head, margins, 2)]
 
 
 _TOOL_ROWS = {

@@ -1,7 +1,7 @@
-"""Make the built-in checkpoint: `python -m pyrosome.testing.make_nano [DIRECTORY]`.
+"""Make a checkpoint of noise: `python -m pyrosome.testing.make_nano DIRECTORY`.
 
-A tiny network in the official FP8 + FP4 layout, with a byte-level tokenizer in the official format.  Its
-weights are seeded noise for now: it shows that everything runs, and its text means nothing.
+A tiny network of seeded random weights in the official FP8 + FP4 layout, with a tokenizer in the official format that
+has one token for each byte.  For tests: its text means nothing, seldom ends by itself, and is as long as its bytes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from pyrosome.train.tokenizer import CONTROL, FIRST, save_tokenizer
 
 SEED = 4
 VOCABULARY = 320
-HOME = Path(__file__).parent.parent / "builtin" / "nano"
 
 
 def nano_config() -> ModelConfig:
@@ -49,10 +48,12 @@ def nano_tokenizer() -> tokenizers.Tokenizer:
 
 
 def make_nano(path: Path) -> None:
-    """Write the built-in checkpoint to `path`; the same bytes every time."""
+    """Write the checkpoint to directory `path`; the same bytes every time."""
     random_checkpoint(path, nano_config(), SEED, "fp8fp4")
     save_tokenizer(nano_tokenizer(), path, nano_config().max_position_embeddings)
 
 
 if __name__ == "__main__":
-    make_nano(Path(sys.argv[1]) if len(sys.argv) > 1 else HOME)
+    if len(sys.argv) != 2:
+        raise SystemExit("usage: python -m pyrosome.testing.make_nano DIRECTORY")
+    make_nano(Path(sys.argv[1]))

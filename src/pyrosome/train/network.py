@@ -236,4 +236,5 @@ def export(path: Path, masters: Masters, layout: Layout, tokenizer_files: list[P
     values = dataclasses.replace(masters.config, expert_dtype=None, quantization=None).to_dict()
     if layout == "fp8fp4":
         values = dataclasses.replace(masters.config, expert_dtype="fp4", quantization=OFFICIAL_QUANTIZATION).to_dict()
+    values = {"architectures": ["DeepseekV4ForCausalLM"], "torch_dtype": "bfloat16"} | values
     save_checkpoint(path, values, masters.stored(layout), copy_files=tokenizer_files)
