@@ -126,7 +126,8 @@ def _check_indexer(
     indexer: Indexer, layer: int, watch: Watch, seen: _Layer, rotation_1F: Tensor, proof: Proof
 ) -> Tensor:
     """Score every key of the history; the rows [K] that the step chose."""
-    arguments, (_, index_1K) = watch.indexer[layer]
+    arguments, choice = watch.indexer[layer]
+    index_1K = choice.rows
     index_K = index_1K[0][index_1K[0] >= 0]
     q_HC, weight_H = index_query(indexer, arguments[0], arguments[3], rotation_1F)
     count = seen.position // CSA_RATIO

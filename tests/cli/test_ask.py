@@ -381,7 +381,7 @@ def test_the_built_in_model_is_asked_and_says_where_it_looked(capsys, tmp_path):
     path = tmp_path / "part.txt"
     path.write_text("\n".join(make_ledger.ledger_text().split("\n")[:4]), encoding="utf-8")
     report = told(capsys, str(path), "? falcon", max_tokens=4, join_lines=True)
-    assert report["finish_reason"] in ("stop", "length") and len(report["looked"]) == 3
+    assert report["finish_reason"] in ("stop", "length") and 1 <= len(report["looked"]) <= 3
     text = Document.read(str(path), True).text
     for place in report["looked"]:
         assert all(part in text for part in place["text"].split(" ... "))
