@@ -117,7 +117,7 @@ def test_nothing_done_is_an_empty_table(subject):
 
 def test_modes_and_tools_as_tables(subject):
     found = shown(report("modes", subject, "m", "", 2, **modes(Oracle(test_modes.thinks), 20, 0, ("off", "high"))))
-    off, high = found["held-out sums, seed 2"]
+    off, high = found["held-out sums of 2 numbers, seed 2"]
     assert high["right"].startswith("1.000") and off["thought tokens"] == "0.0" and high["most"] == "3"
     (one,) = found["margins"]
     assert one["intervals apart"] == "yes" and one["margin"].startswith("+")

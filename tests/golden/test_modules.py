@@ -72,7 +72,7 @@ def test_indexer_rows_scores_and_choice():
     close(hadamard(rows), v["csa.indexer.compressor.out"])
 
     weight = indexer.weights_proj(x)
-    score, index = indexer(indexer.wq_b(latent), kv, gate, weight, step, turn, FreshLayer(step))
+    score, index, _ = indexer(indexer.wq_b(latent), kv, gate, weight, step, turn, FreshLayer(step))
     clear = v["csa.indexer.topk_gap"] > 1e-4
     assert clear.float().mean() > 0.9
     ours = torch.where(index < 0, 10_000, index)[clear].sort(-1).values  # unused entries last, as -1 sorts first
