@@ -12,7 +12,7 @@ from pyrosome.errors import RequestError
 from pyrosome.options import Constraint, SamplingParams
 from tests.chat.cases import NANO, block, called, prompt_for, read, tokenizer
 
-GRAMMARS = Grammars(NANO / "tokenizer.json", 512, 1)
+GRAMMARS = Grammars(NANO / "tokenizer.json", tokenizer(NANO).vocab_size, 1)
 ADDRESS = {"type": "object", "properties": {"zip": {"type": "integer"}}, "required": ["zip"]}
 
 
