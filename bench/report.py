@@ -264,11 +264,30 @@ def wide(record: dict[str, Any]) -> str:
     ])  # fmt: skip
 
 
+def training(record: dict[str, Any]) -> str:
+    """Steps of the built-in model's recipe, by who computes them."""
+    titles = {
+        "definitions": "definitions, float32",
+        "kernels": "native kernels, float32",
+        "bfloat16": "native kernels, bfloat16 products",
+    }
+    base = record["ways"]["definitions"]["tokens_per_cpu_s"]
+    rows = [
+        (titles[name], f"{each['tokens_per_cpu_s']:,.0f}", f"{each['tokens_per_cpu_s'] / base:.2f}")
+        for name, each in record["ways"].items()
+    ]
+    return (
+        f"Steps of {record['step_tokens']:,} tokens: forward, backward, the draft stage, Muon and AdamW. Measured, "
+        "medians; the ways take turns in one process.\n\n" + table(("", "tokens/CPU-s", "to definitions"), rows)
+    )
+
+
 SECTIONS: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
     "frontier": ("Long contexts", "python -m bench.frontier", frontier),
     "peers": ("Beside transformers, on the same weights", "python -m bench.peers", peers),
     "kernels": ("Kernels at V4-Flash's widths", "python -m bench.kernels", kernels),
     "wide": ("A model of V4-Flash's widths", "python -m bench.wide", wide),
+    "train": ("Training the built-in model's recipe", "python -m bench.train", training),
 }
 
 

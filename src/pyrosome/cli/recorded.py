@@ -4,35 +4,35 @@ from __future__ import annotations
 
 from typing import Any
 
-WEIGHTS = "365eb9834f6cdd46dec4668b579849d38babfed27adcaba2e7f2aa6e460bc3f1"
+WEIGHTS = "8a1060673f92d16561d9aa7d520263e31b1c9970c0aa7aa56baa6a76c21a8a69"
 # fmt: off
 CASES: list[dict[str, Any]] = [
-{'prompt': '<｜User｜>spoke morning fell slept window wood rose empty stone quickly child forest behind '
-           'evening water door garden long went ran came long kept past shadow waited path the light small '
-           'field voice lost stone door quickly lobster 74 ; quickly house never evening kept waited letter '
-           'spoke cold kept town voice young in kept of stood came behind beside soon walked cold button 87 '
-           '; around shadow fell once lost curtain 53 ; quiet here sang friend past village cloud warm came '
-           'lost green letter old of snake 20 ; market through walked friend there hill road later water '
-           'held thimble 28 ; across compass 28 ; through light there hill light town always stood shadow '
-           'slept light market path by in rat 13 ; snail 41 ; bright spoke village wood narrow rain at '
-           'friend red through on night across alder 36 ; village rose bridge morning\n'
-           '? alder<｜Assistant｜><think>',
- 'ids': [0, 1242, 387, 81, 311, 759, 785, 789, 751, 770, 786, 825, 769, 799, 779, 754, 742, 760, 762, 750,
-         752, 815, 783, 780, 782, 815, 796, 737, 768, 788, 771, 724, 767, 813, 747, 775, 795, 769, 750, 799,
-         589, 927, 843, 799, 749, 802, 760, 796, 788, 777, 791, 816, 796, 748, 775, 812, 728, 796, 727, 784,
-         782, 742, 743, 805, 781, 816, 698, 940, 843, 741, 768, 785, 807, 795, 702, 906, 843, 824, 809, 790,
-         778, 737, 755, 766, 817, 782, 795, 820, 777, 811, 727, 579, 873, 843, 756, 739, 781, 778, 808, 746,
-         745, 806, 762, 797, 696, 881, 843, 740, 707, 881, 843, 739, 767, 808, 746, 767, 748, 803, 784, 768,
-         789, 767, 756, 771, 731, 728, 569, 866, 843, 591, 894, 843, 818, 791, 755, 770, 826, 764, 730, 778,
-         822, 739, 729, 761, 740, 606, 889, 843, 755, 786, 753, 759, 201, 33, 606, 1243, 1260],
- 'answer': [1121, 889, 1261, 979, 889, 1, 873, 881],
- 'logprobs': [-0.002425, -0.126026, -7e-06, -0.00538, -0.032609, -0.331784, -0.095397, -0.497793]},
-{'prompt': '<｜User｜>copy : panther plum amber anchor came 18 mouse<｜Assistant｜></think>',
- 'ids': [0, 1242, 1043, 848, 564, 630, 722, 705, 782, 871, 568, 1243, 1261],
- 'answer': [1047, 630, 722, 705, 782, 871, 568, 1],
- 'logprobs': [-0.08179, -0.004893, -0.008235, -0.000572, -0.002579, -0.007694, -0.00676, -1e-06]},
-{'prompt': '<｜User｜>1 + 66<｜Assistant｜><think>',
- 'ids': [0, 1242, 19, 849, 919, 1243, 1260],
- 'answer': [18, 849, 913, 851, 913, 843, 854, 849],
- 'logprobs': [-9.4e-05, -8e-06, -3e-06, -1e-06, -3e-06, 0.0, -4.5e-05, -1e-06]},
+{'prompt': '<｜User｜>light went away sound path later stone market lost wood again once at red away river '
+           'friend turned again away a friend through young long rain by slowly bright forest dark field ran '
+           'voice with village across waited wind fire small again often away garden into met rain a door '
+           'white from at badger 18 ; wood at door there hedgehog 27 ; salt 30 ; came small voice voice wall '
+           'with red field often wood slowly met rose on often away shadow on green crane 45 ; village raven '
+           '77 ; stone ran of shadow small wind cold bright turned marble 64 ; warm the house voice story '
+           'winter house stood sound the evening field dark young sang story blue empty slowly snow large '
+           'young summer market path turned turned came near dark went over old kept path across river ran '
+           'turned beetle 58 ; winter snow\n'
+           '? badger<｜Assistant｜><think>',
+ 'ids': [0, 1242, 316, 73, 74, 86, 783, 810, 774, 771, 806, 769, 756, 795, 770, 804, 807, 730, 822, 810, 744,
+         778, 787, 804, 810, 725, 778, 739, 812, 815, 764, 731, 798, 818, 754, 819, 747, 780, 775, 732, 755,
+         740, 788, 763, 773, 813, 804, 801, 810, 752, 738, 793, 764, 725, 750, 823, 733, 730, 534, 871, 843,
+         770, 730, 750, 808, 572, 880, 843, 665, 883, 843, 782, 813, 775, 775, 772, 732, 822, 747, 801, 770,
+         798, 793, 786, 729, 801, 810, 768, 729, 820, 541, 898, 843, 755, 536, 930, 843, 769, 780, 727, 768,
+         813, 763, 816, 818, 787, 720, 917, 843, 817, 724, 749, 775, 776, 757, 749, 784, 774, 724, 760, 747,
+         819, 812, 790, 776, 821, 825, 798, 765, 814, 812, 758, 756, 771, 787, 787, 782, 736, 819, 783, 734,
+         811, 796, 771, 740, 744, 780, 787, 593, 911, 843, 757, 765, 201, 33, 534, 1243, 1260],
+ 'answer': [1049, 871, 1261, 961, 1, 911, 871, 911],
+ 'logprobs': [-0.003089, -0.000631, -0.0, -0.000695, 0.0, -0.348331, -0.486323, -0.01743]},
+{'prompt': '<｜User｜>copy : sparrow with penguin 66 cactus fox 24 crab quickly<｜Assistant｜></think>',
+ 'ids': [0, 1242, 1043, 848, 537, 732, 545, 919, 623, 553, 877, 588, 799, 1243, 1261],
+ 'answer': [1052, 732, 545, 919, 623, 553, 877, 588],
+ 'logprobs': [-0.000326, -0.000162, -4.1e-05, -4.1e-05, -0.000195, -0.000202, -8.7e-05, -0.000273]},
+{'prompt': '<｜User｜>11 + 10<｜Assistant｜><think>',
+ 'ids': [0, 1242, 954, 849, 863, 1243, 1260],
+ 'answer': [953, 849, 863, 851, 873, 843, 854, 849],
+ 'logprobs': [-9.6e-05, 0.0, -0.0, -1e-06, -4.8e-05, -0.0, -4e-06, -1e-06]},
 ]
