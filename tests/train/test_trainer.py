@@ -126,9 +126,24 @@ def test_a_checkpoint_can_be_gone_on_from_and_one_of_another_shape_is_refused(wh
     train(small(**short), tmp_path / "new", threads=1)
     assert rows(tmp_path / "on")[0]["loss"] < rows(tmp_path / "new")[0]["loss"]
     other = small(model={**small().model, "hidden_size": 64}).config
-    export(tmp_path / "other", Masters(other, dict(initial_tensors(other, 1))), "bf16", [])
+    files = sorted((whole / "tokenizer").glob("*.json"))
+    export(tmp_path / "other", Masters(other, dict(initial_tensors(other, 1))), "bf16", files)
     with pytest.raises(CheckpointError, match=r"\(1024, 64\).*\(1024, 32\)"):
         train(small(**short), tmp_path / "refused", threads=1, start_from=tmp_path / "other")
+
+
+def test_ids_that_do_not_go_with_the_weights_are_refused(whole, tmp_path):
+    short = {"run__max_tokens": 300, "run__decay_tokens": 0, "run__quantize_tokens": 0}
+    wider = small(tokenizer={"vocab_size": 1100}, **short)
+    with pytest.raises(CheckpointError, match=r"has 1,024 ids and .*vocab_size is 1,100.*vocab_size=1024"):
+        train(wider, tmp_path / "other", threads=1, start_from=whole / "bf16")
+    export(tmp_path / "bare", Masters(small().config, dict(initial_tensors(small().config, 1))), "bf16", [])
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json was looked for"):
+        train(small(**short), tmp_path / "none", threads=1, start_from=tmp_path / "bare")
+    # A run that begins with a checkpoint reads by its tokenizer, whatever this machine's corpora would give.
+    train(small(**short), tmp_path / "on", threads=1, start_from=whole / "bf16")
+    mine, theirs = (p / "tokenizer" / "tokenizer.json" for p in (tmp_path / "on", whole))
+    assert mine.read_bytes() == theirs.read_bytes()
 
 
 @pytest.mark.parametrize(

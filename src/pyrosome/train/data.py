@@ -9,6 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pyrosome import tasks
+from pyrosome.chat.tokenizer import Tokenizer
+from pyrosome.errors import CheckpointError
 from pyrosome.tasks.sample import Sample
 from pyrosome.tasks.text import Text
 from pyrosome.train.batch import Source
@@ -20,18 +22,39 @@ CHARACTERS_PER_TOKEN = 2.5  # of corpus text, about: passages are cut to their l
 _TOKENIZER_TEXT = 400_000  # characters of corpora that a tokenizer learns from
 
 
-def tokenizer_for(recipe: Recipe, directory: Path) -> Path:
-    """The directory of the run's tokenizer; it is trained where there is none yet."""
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
+
+
+def tokenizer_for(recipe: Recipe, directory: Path, start_from: Path | None = None) -> Path:
+    """The directory of the run's tokenizer: where there is none yet, that of `start_from`, or one that is trained.
+
+    Raises:
+        CheckpointError: it has another number of ids than the recipe says, or `start_from` has no tokenizer.
+    """
     home = directory / "tokenizer"
     if not home.exists():
         part = directory / ".tokenizer.partial"  # a run killed here begins it anew
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
+        if start_from is not None:  # ids must mean what they meant to those weights
+            Tokenizer.from_dir(start_from)
+            for name in TOKENIZER_FILES:
+                if (start_from / name).exists():
+                    shutil.copyfile(start_from / name, part / name)
+            part.rename(home)
+    if not home.exists():
         text, rng = corpus(), random.Random(recipe.seed)
         passages = [text.passage(rng, 2000, False) for _ in range(_TOKENIZER_TEXT // 2000)]
         words = task_words(recipe.tokenizer.vocab_size)
         save_tokenizer(train_tokenizer(passages, recipe.tokenizer.vocab_size, words, template_texts()), part)
         part.rename(home)
+    found = Tokenizer.from_dir(home).vocab_size
+    if found != recipe.tokenizer.vocab_size:
+        raise CheckpointError(
+            f"the tokenizer in {home} has {found:,} ids and the recipe's tokenizer.vocab_size is "
+            f"{recipe.tokenizer.vocab_size:,}: weights and ids would not go together; set "
+            f"tokenizer.vocab_size={found}, or train in another directory"
+        )
     return home
 
 

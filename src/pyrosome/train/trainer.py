@@ -104,7 +104,7 @@ class Run:
         directory.mkdir(parents=True, exist_ok=True)
         if state is None:
             (directory / "recipe.toml").write_text(recipe.to_toml(), encoding="utf-8")
-        self.tokenizer = tokenizer_for(recipe, directory)
+        self.tokenizer = tokenizer_for(recipe, directory, Path(start_from) if start_from else None)
         self.samples = Samples(recipe, self.tokenizer)
         config = recipe.config
         if state is None:
