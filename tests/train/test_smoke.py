@@ -1,7 +1,5 @@
 """The built-in model's own recipe, cut to a minute: every stage, the decay, the rounding, the checkpoints."""
 
-import pytest
-
 from pyrosome.llm import LLM
 from pyrosome.options import SamplingParams
 from pyrosome.train.curves import read
@@ -11,12 +9,11 @@ from pyrosome.train.trainer import train
 NUM_STAGES = len(Recipe.load("nano").stages)
 
 
-@pytest.mark.parametrize("name", ["nano"])
-def test_the_recipe_turns(name, tmp_path):
+def test_the_recipe_and_its_finish_turn(tmp_path):
     stages = [f"stages.{i}.max_tokens=12_000" for i in range(NUM_STAGES - 1)]
     short = ["run.max_tokens=100_000", "run.decay_tokens=30_000", "run.quantize_tokens=10_000"]
     less = ["run.evaluate_steps=3", "run.evaluate_samples=1", f"stages.{NUM_STAGES - 1}.evaluate_steps=4"]
-    recipe = Recipe.load(name, [*stages, *short, *less])
+    recipe = Recipe.load("nano", [*stages, *short, *less])
     result = train(recipe, tmp_path, threads=1)
     assert result.finished
     rows = read(tmp_path / "curves.jsonl")
@@ -32,3 +29,9 @@ def test_the_recipe_turns(name, tmp_path):
                 params=SamplingParams(max_tokens=4, temperature=0),
             )  # fmt: skip
             assert message.finish_reason in ("stop", "length")
+
+    short = ["run.max_tokens=20_000", "run.decay_tokens=10_000", "run.quantize_tokens=20_000"]
+    finish = Recipe.load("nano-finish", short)
+    result = train(finish, tmp_path / "finish", threads=1, start_from=tmp_path / "bf16")
+    first = read(tmp_path / "finish" / "curves.jsonl")[0]
+    assert result.finished and first["loss"] < rows[0]["loss"]  # it began from those weights
