@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,22 +94,44 @@ def _in_shards(tensors: Iterable[tuple[str, Tensor]], max_bytes: int) -> Iterato
         yield held
 
 
-def _write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+def dtype_name(name: str, tensor: Tensor) -> str:
+    """How the container calls a tensor's dtype.
+
+    Raises:
+        CheckpointError: it has no name for that.
+    """
+    if tensor.dtype not in _NAMES:
+        raise CheckpointError(
+            f"{name} has dtype {tensor.dtype}, which the container has no name for; known are "
+            f"{', '.join(_NAMES.values())}"
+        )
+    return _NAMES[tensor.dtype]
+
+
+def container_head(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """What a .safetensors file begins with; the tensors' bytes follow in their order.
+
+    Raises:
+        CheckpointError: a dtype the container has no name for.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     at = 0
     for name, tensor in tensors.items():
-        if tensor.dtype not in _NAMES:
-            raise CheckpointError(f"{name} has dtype {tensor.dtype}, which the container has no name for")
         header[name] = {
-            "dtype": _NAMES[tensor.dtype],
+            "dtype": dtype_name(name, tensor),
             "shape": list(tensor.shape),
             "data_offsets": [at, at + tensor.nbytes],
         }
         at += tensor.nbytes
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % _ALIGNMENT)
+    return len(raw).to_bytes(8, "little") + raw
+
+
+def _write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
+    head = container_head(tensors, {})
     with open(path, "wb") as f:
-        f.write(len(raw).to_bytes(8, "little") + raw)
+        f.write(head)
         for tensor in tensors.values():
             f.write(tensor.flatten().view(torch.uint8).numpy().data)
         f.flush()

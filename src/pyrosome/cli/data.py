@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pyrosome.train.recipe import Mix, Recipe, Stage
     from pyrosome.train.samples import Encoded, Encoder
 
-RECIPE_HELP = "A recipe's .toml file, or one of the package's: nano, tiny, smoke."
+RECIPE_HELP = "A recipe's .toml file, or one of the package's: nano, nano-finish, tiny, smoke."
 Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Put a value in place of the recipe's: optimizer.muon_lr=0.01."),

@@ -99,26 +99,24 @@ def kernel(op: Op, *, any_format: bool = False) -> None:
         any_format: the kernel asks its second argument for float rows, whatever they are stored in.
     """
 
-    def load() -> Callable[..., Any]:
-        library()  # an op that cannot have it learns so when it chooses, not in a step
-        run: Callable[..., Any] = getattr(importlib.import_module(f"{op.definition.__module__}.cpu"), op.name)
-        return run
+    when = (lambda place: why_not(place._replace(format=""))) if any_format else why_not
+    op.kernel("cpu", when)(lambda: _loaded(op, "cpu"))
 
-    op.kernel("cpu", (lambda place: why_not(place._replace(format=""))) if any_format else why_not)(load)
+
+def _loaded(op: Op, file: str) -> Callable[..., Any]:
+    """The function of an op's name in a file beside its definition."""
+    library()  # an op that cannot have it learns so when it chooses, not in a step
+    run: Callable[..., Any] = getattr(importlib.import_module(f"{op.definition.__module__}.{file}"), op.name)
+    return run
 
 
 def training_kernel(op: Op) -> None:
     """Register the native version of an op that has gradients: the function of its name in the `train.py` beside it."""
 
-    def load() -> Callable[..., Any]:
-        library()
-        run: Callable[..., Any] = getattr(importlib.import_module(f"{op.definition.__module__}.train"), op.name)
-        return run
-
     def when(place: Place) -> str:
         return why_not(place._replace(format="")) if place.grad else "it is for training, and gradients are off"
 
-    op.kernel("cpu-train", when, has_backward=True)(load)
+    op.kernel("cpu-train", when, has_backward=True)(lambda: _loaded(op, "train"))
 
 
 _forced: str | None = None

@@ -70,6 +70,7 @@ class Samples:
     def __init__(self, recipe: Recipe, tokenizer: Path) -> None:
         self.recipe = recipe
         self.encoder = Encoder(tokenizer, recipe.loss.background)
+        self._heldout: dict[str, list[Encoded]] = {}
 
     def source(self, stage: Stage) -> Source:
         """Training samples of a stage, by number."""
@@ -78,7 +79,9 @@ class Samples:
     def heldout(self, mix: Mix, count: int) -> list[Encoded]:
         """The same held-out samples every time: `count` of one source."""
         key = f"heldout/{mix.kind}/{mix.length}/{sorted(mix.knobs.items())}"
-        return [self.encoded(mix, random.Random(f"{key}/{i}"), heldout=True) for i in range(count)]
+        made = self._heldout.setdefault(key, [])  # every evaluation asks for them again
+        made += [self.encoded(mix, random.Random(f"{key}/{i}"), heldout=True) for i in range(len(made), count)]
+        return made[:count]
 
     def encoded(self, mix: Mix, rng: random.Random, *, heldout: bool) -> Encoded:
         """One sample of a source; a passage of text is cut at its greatest length and a tenth."""

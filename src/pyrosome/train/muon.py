@@ -77,7 +77,8 @@ class Tuner:
     ) -> None:
         """One step of every master that has a gradient and is not frozen."""
         self.num_steps += 1
-        live = {n: g for n, g in gradients.items() if n not in set(frozen)}
+        still = set(frozen)
+        live = {n: g for n, g in gradients.items() if n not in still}
         for name in self.second.keys() & live.keys():
             self._adamw(name, live[name], adamw_lr)
         for names in self._alike.values():

@@ -20,12 +20,11 @@ from pyrosome.checkpoint.index import open_checkpoint
 from pyrosome.checkpoint.load import read_tensors
 from pyrosome.checkpoint.names import TensorSpec, expected_tensors
 from pyrosome.checkpoint.save import save_checkpoint
-from pyrosome.config import ModelConfig
+from pyrosome.config import ModelConfig, QuantizationConfig
 from pyrosome.errors import CheckpointError
 from pyrosome.model.build import Network, fill
 from pyrosome.model.numerics import EXACT, TRAINED
 from pyrosome.quant import FORMATS, QuantTensor
-from pyrosome.testing.shapes import OFFICIAL_QUANTIZATION
 
 Layout = Literal["bf16", "fp8fp4"]
 # Weight of the norms of KV rows.  With normalised queries and keys no attention logit is above sqrt(head_dim) times
@@ -235,6 +234,6 @@ def export(path: Path, masters: Masters, layout: Layout, tokenizer_files: list[P
     """Write the masters as a checkpoint of the official layout, with the tokenizer beside it."""
     values = dataclasses.replace(masters.config, expert_dtype=None, quantization=None).to_dict()
     if layout == "fp8fp4":
-        values = dataclasses.replace(masters.config, expert_dtype="fp4", quantization=OFFICIAL_QUANTIZATION).to_dict()
+        values = dataclasses.replace(masters.config, expert_dtype="fp4", quantization=QuantizationConfig()).to_dict()
     values = {"architectures": ["DeepseekV4ForCausalLM"], "torch_dtype": "bfloat16"} | values
     save_checkpoint(path, values, masters.stored(layout), copy_files=tokenizer_files)

@@ -25,6 +25,7 @@ import xxhash
 from torch import Tensor
 
 from pyrosome.checkpoint.headers import read_header
+from pyrosome.checkpoint.save import container_head, dtype_name
 from pyrosome.errors import CheckpointError, DoesNotFit, RequestError, UnsupportedFormat
 from pyrosome.quant.formats import DTYPES
 from pyrosome.train.recipe import Recipe, differences
@@ -34,8 +35,6 @@ log = logging.getLogger(__name__)
 LATEST = "latest"
 KEPT = 2  # saves; with one, damage to it would end the run
 VERSION = "1"
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_ALIGNMENT = 8  # bytes, of the data's start in a file
 _MARGIN_BYTES = 1 << 20  # left free beside a state: the curves and the pointer are written to the same disk
 
 
@@ -73,7 +72,8 @@ def save_state(directory: str | Path, state: TrainState) -> Path:
     directory = Path(directory)
     path = directory / _file_name(state.step)
     tensors = {n: t.detach().cpu().contiguous() for n, t in state.tensors.items()}
-    head = _head(tensors, _described(state), path)
+    about = _described(state)
+    head = container_head(tensors, {"version": VERSION, "state": about, "xxh3": _checksum(about, tensors)})
     parts = [memoryview(head), *map(_bytes_of, tensors.values())]
     needed = sum(p.nbytes for p in parts)
     try:
@@ -160,31 +160,10 @@ def _described(state: TrainState) -> str:
     return json.dumps(d, separators=(",", ":"))
 
 
-def _head(tensors: Mapping[str, Tensor], about: str, path: Path) -> bytes:
-    """The container's header, with the checksum of what is in the file."""
-    header: dict[str, Any] = {}
-    at = 0
-    for name, tensor in tensors.items():
-        if tensor.dtype not in _NAMES:
-            raise CheckpointError(
-                f"{name} has dtype {tensor.dtype}, which {path} has no name for; {', '.join(_NAMES.values())} are known"
-            )
-        header[name] = {
-            "dtype": _NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [at, at + tensor.nbytes],
-        }
-        at += tensor.nbytes
-    metadata = {"format": "pt", "version": VERSION, "state": about, "xxh3": _checksum(about, tensors)}
-    raw = json.dumps({"__metadata__": metadata, **header}, separators=(",", ":")).encode()
-    raw += b" " * (-len(raw) % _ALIGNMENT)
-    return len(raw).to_bytes(8, "little") + raw
-
-
 def _checksum(about: str, tensors: Mapping[str, Tensor]) -> str:
     digest = xxhash.xxh3_128(about.encode())
     for name in sorted(tensors):
-        digest.update(json.dumps([name, _NAMES[tensors[name].dtype], *tensors[name].shape]).encode())
+        digest.update(json.dumps([name, dtype_name(name, tensors[name]), *tensors[name].shape]).encode())
         digest.update(_bytes_of(tensors[name]))
     return digest.hexdigest()
 

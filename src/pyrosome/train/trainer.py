@@ -108,8 +108,10 @@ class Run:
         self.samples = Samples(recipe, self.tokenizer)
         config = recipe.config
         if state is None:
-            first = dict(initial_tensors(config, recipe.seed))
-            self.masters = load_masters(start_from, config) if start_from else Masters(config, first)
+            if start_from:
+                self.masters = load_masters(start_from, config)
+            else:
+                self.masters = Masters(config, dict(initial_tensors(config, recipe.seed)))
         else:
             self.masters = _restored(config, state)
         to = torch.device(device)
