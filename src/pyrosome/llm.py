@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from pyrosome.answer import ChatReader, chat_request, events_of
 from pyrosome.cache.streams import CachePlan, plan_cache
 from pyrosome.chat import Chat, Message, Tokenizer
-from pyrosome.chat.events import Done, Event, Usage
+from pyrosome.chat.events import Done, Event
 from pyrosome.chat.prompt import Prompt
 from pyrosome.engine.loaded import LoadedModel as LoadedModel  # part of this face too
 from pyrosome.engine.loaded import check_length
@@ -183,33 +184,26 @@ class LLM:
 
         `changes` are fields of `Request`, and go before these.
         """
-        limit = min(prompt.max_tokens, max(1, self.model.config.max_position_embeddings - len(prompt.ids)))
-        params = dataclasses.replace(params, stop=()) if params else prompt.sampling_params(max_tokens=limit)
-        (request,) = self._requests([prompt.ids], params)
-        think_end = self.tokenizer.id_of("</think>") if prompt.start == "reasoning" else None
-        bound = {"constraint": prompt.constraint, "never_empty": True, "think_end": think_end}
-        return dataclasses.replace(request, **{**bound, "stable": self.chat_template.stable(prompt), **changes})
+        context = self.model.config.max_position_embeddings
+        request = chat_request(str(next(self._numbers)), prompt, self.chat_template, params, context=context, **changes)
+        check_ids(list(prompt.ids), self.model.config.vocab_size)
+        check_length(len(prompt.ids), self.model.config)
+        return request
 
     def answer(self, prompt: Prompt, request: Request) -> Iterator[Event]:
         """The events of a request made by `request`: parts of the answer, then `Done`."""
-        parser = self.chat_template.parser(prompt)
-        eos, cached = self.model.config.eos_token_id, 0
+        reader = ChatReader(self.chat_template, prompt, self.model.config.eos_token_id)
         with self.submit(request) as events:
             for event in events:
-                if event.reuse:
-                    cached = event.reuse.reused_tokens
                 if isinstance(event, Ended):
                     raise_failed(event)
-                    yield from parser.flush(event.reason)
+                    yield from events_of(reader.end(event.reason))
                     break
-                if event.token == eos if event.is_end_token else event.token != eos:
-                    yield from parser.feed([event.token])  # the client's own end tokens are no part of the answer
-                # Whatever follows complete tool calls is dropped, so it need not be computed.
-                if parser.finished or parser.calls_closed:
+                yield from events_of(reader.feed(event))
+                if reader.is_over:
                     break
-        yield from parser.flush("stop")
-        usage = Usage(len(prompt.ids), parser.completion_tokens, parser.reasoning_tokens, cached)
-        yield Done(parser.close(), usage)
+        yield from events_of(reader.end("stop"))
+        yield reader.done()
 
     def stats(self) -> Stats:
         """What the engine has done so far."""

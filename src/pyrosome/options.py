@@ -32,6 +32,7 @@ class SamplingParams:
     n: int = 1  # completions of one prompt, which is computed once
     max_thinking_tokens: int | None = None  # then reasoning is closed; None: no limit of its own
     max_repeats: int | None = None  # end when the last tokens are one passage so many times over; None: never
+    prompt_logprobs: int | None = None  # report the prompt's own tokens, and this many top ones beside each
 
     def __post_init__(self) -> None:
         require_integer("max_tokens", self.max_tokens, 1)
@@ -44,8 +45,9 @@ class SamplingParams:
         _number("repetition_penalty", self.repetition_penalty, 0, 100, open_below=True)
         if self.seed is not None:
             require_integer("seed", self.seed, -(2**63), 2**64 - 1)
-        if self.logprobs is not None:
-            require_integer("logprobs", self.logprobs, 0, 100)
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                require_integer(name, getattr(self, name), 0, 100)
         require_integer("n", self.n, 1, 128)
         if self.max_thinking_tokens is not None:
             require_integer("max_thinking_tokens", self.max_thinking_tokens, 0)
@@ -134,6 +136,57 @@ class LoadOptions:
             raise RequestError(f"lock_memory is {self.lock_memory!r}; true or false was expected")
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class ServerOptions:
+    """What a server offers, to whom, and what it bears.
+
+    Raises:
+        RequestError: a field is of a wrong type or outside its range; the message names it.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    names: tuple[str, ...] = ()  # the model's names in requests and answers, the first is its own; (): its directory's
+    any_name: bool = True  # requests for other models are answered too, by this one
+    compat: str = ""  # "deepseek": the official API to the letter, refusals included; "": what the client asked for
+    thinking: bool = True  # whether a request that says nothing about it is thought about
+    effort: str = "high"  # and how hard: "low", "high" or "max"
+    reasoning_field: bool = False  # thoughts are given as `reasoning` too, beside `reasoning_content`
+    max_queue: int = 256  # requests that wait for their turn; one more is answered 429
+    max_body_bytes: int = 64 << 20
+    max_header_bytes: int = 64 << 10
+    header_s: float = 20.0  # a client may take so long to send its request's head
+    body_s: float = 120.0  # and its body
+    write_s: float = 60.0  # and may so long not read what is sent to it
+    keep_alive_s: float = 10.0  # between two signs of life while nothing is said yet
+    deadline_s: float = 0.0  # a request may take so long from its arrival to its end; 0: as long as it takes
+    drain_s: float = 60.0  # at shutdown, what runs may go on so long
+    cors: tuple[str, ...] = ()  # origins whose pages may call from a browser
+    keys: str = "auto"  # "auto" (asked for on any address but loopback), "required" or "off"
+    sign_up: bool = False  # whoever has an invite code may make an account
+    state_path: str = ""  # a folder for keys, usage and saved sessions; "": the user's own
+    database_url: str = ""  # where keys and usage are kept instead of a file in that folder
+    tls_certificate: str = ""
+    tls_key: str = ""
+
+    def __post_init__(self) -> None:
+        require_integer("port", self.port, 0, 65535)
+        for name, low in (("max_queue", 0), ("max_body_bytes", 1 << 10), ("max_header_bytes", 1 << 10)):
+            require_integer(name, getattr(self, name), low)
+        for name in ("header_s", "body_s", "write_s", "keep_alive_s"):
+            _number(name, getattr(self, name), 0, 86400, open_below=True)
+        for name in ("deadline_s", "drain_s"):
+            _number(name, getattr(self, name), 0, 86400)
+        for name, values in (("compat", ("", "deepseek")), ("keys", KEYS), ("effort", ("low", "high", "max"))):
+            if getattr(self, name) not in values:
+                raise RequestError(f"{name} is {getattr(self, name)!r}; it is one of {', '.join(map(repr, values))}")
+        for name in ("names", "cors"):
+            object.__setattr__(self, name, _items(name, getattr(self, name), str))
+        if bool(self.tls_certificate) != bool(self.tls_key):
+            raise RequestError("TLS needs both a certificate and its key; give tls_certificate and tls_key")
+
+
+KEYS = ("auto", "required", "off")
 EXPERTS = ("resident", "mapped")
 NUMA = ("auto", "off")
 DRAFTERS = ("auto", "mtp", "lookup", "off")

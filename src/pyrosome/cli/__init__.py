@@ -18,6 +18,7 @@ from pyrosome.cli.data import preview
 from pyrosome.cli.doctor import doctor
 from pyrosome.cli.inspect import inspect
 from pyrosome.cli.run import run
+from pyrosome.cli.serve import serve
 from pyrosome.cli.terminal import BAD_INPUT, READER_GONE, printable
 from pyrosome.cli.train import train
 from pyrosome.errors import PyrosomeError
@@ -45,7 +46,7 @@ def _registered(command: Callable[..., Any], to: typer.Typer = app) -> None:
     to.command()(quiet)
 
 
-for _command in (run, chat, ask, train, inspect, doctor):
+for _command in (run, chat, ask, serve, train, inspect, doctor):
     _registered(_command)
 for _evaluation in (evaluations.recall, evaluations.text, evaluations.modes, evaluations.tools, evaluations.plot):
     _registered(_evaluation, _eval)

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, NoReturn
 import zmq
 
 from pyrosome.engine import wire
-from pyrosome.engine.request import Ended, Event, Request
+from pyrosome.engine.request import Ended, Event, News, Request
 from pyrosome.engine.worker import (
     CLOSED,
     Deliver,
@@ -110,11 +110,31 @@ class AsyncEventStream:
         if self._open <= 0:
             raise StopAsyncIteration
         await self.accepted()
-        await self._until(lambda: bool(self._inbox.events))
-        event = self._inbox.events.popleft()
+        event: Event | News | None = None
+        while event is None or isinstance(event, News):  # who wants to know of prompts takes a `batch`
+            await self._until(lambda: bool(self._inbox.events))
+            event = self._inbox.events.popleft()
         if isinstance(event, Ended):
             self._open -= 1
         return event
+
+    async def batch(self, wait_s: float) -> list[Event | News]:
+        """All events that are there; none if none comes within so long, or if there will be none any more.
+
+        Raises:
+            RequestError, EngineError: as `accepted`.
+        """
+        if self._open <= 0:
+            return []
+        await self.accepted()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(None if self._inbox.events else wait_s):
+                while not self._inbox.events:
+                    await self._inbox.arrival()
+        events = list(self._inbox.events)
+        self._inbox.events.clear()
+        self._open -= sum(isinstance(e, Ended) for e in events)
+        return events
 
     def close(self) -> None:
         """Take no more events; the request is ended if it goes on."""
@@ -146,7 +166,7 @@ class _Inbox:
     """Events that have arrived in the loop."""
 
     def __init__(self) -> None:
-        self.events: deque[Event] = deque()
+        self.events: deque[Event | News] = deque()
         self._waiter: asyncio.Future[None] | None = None
 
     async def arrival(self) -> None:
@@ -154,7 +174,7 @@ class _Inbox:
         self._waiter = asyncio.get_running_loop().create_future()
         await self._waiter
 
-    def put(self, events: list[Event]) -> None:
+    def put(self, events: list[Event | News]) -> None:
         self.events += events
         if self._waiter and not self._waiter.done():
             self._waiter.set_result(None)
@@ -165,10 +185,10 @@ class _Post:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
-        self._events: deque[tuple[_Inbox, list[Event]]] = deque()
+        self._events: deque[tuple[_Inbox, list[Event | News]]] = deque()
         self._is_due = False
 
-    def send(self, inbox: _Inbox, events: list[Event]) -> None:
+    def send(self, inbox: _Inbox, events: list[Event | News]) -> None:
         """Events for an inbox.
 
         Raises:
@@ -405,7 +425,7 @@ def serve(endpoint: str) -> NoReturn:
 def _answer(owner: wire.Owner, engine: EngineLike) -> None:
     """Carry out commands and step, in one thread, until told to close."""
     waiting = Waiting()
-    events: list[Event] = []
+    events: list[Event | News] = []
     while True:
         wait = not engine.has_work
         for _ in range(MOST):

@@ -24,6 +24,7 @@ class Request:
     constraint: Constraint | None = None
     never_empty: bool = False  # the answer may not end by itself before it has said something
     session: str = ""  # the session that is continued; "": none
+    progress: bool = False  # tell how far its prompt is, after each step that computes some of it
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -49,6 +50,24 @@ class TokenEvent:
     logprobs: dict[int, float]  # of the raw model distribution: this token's, and the top ones asked for
     is_end_token: bool = False  # an end-of-sequence or stop id: not part of the text
     reuse: Reuse | None = None  # with a completion's first token
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a request's prompt is; before its first token, for requests that asked for it."""
+
+    request: str
+    computed_tokens: int  # of the prompt, reused ones included
+    prompt_tokens: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PromptLogprobs:
+    """What the model thought of some of a prompt's tokens, each given those before it; they come in order."""
+
+    request: str
+    start: int  # position of the first of them
+    logprobs: list[dict[int, float]]  # for each: its own, and the top ones asked for
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -79,4 +98,5 @@ class Ended:
     error_type: str = ""  # the class in `pyrosome.errors` that says whose fault it is
 
 
-Event = TokenEvent | Ended
+Event = TokenEvent | Ended  # of a completion
+News = Progress | PromptLogprobs  # of a request's prompt, before its first token

@@ -154,6 +154,16 @@ def _close(engine: Engine, session: str) -> None:
     del engine.sessions[session]
 
 
+def _about(engine: Engine) -> dict[str, Any]:
+    """What a client may know of the engine before it asks anything."""
+    return {
+        "fingerprint": engine.fingerprint,
+        "max_context": engine.max_context,
+        "max_sequences": engine.options.max_sequences,
+        "drafter": type(engine.drafter).__name__,
+    }
+
+
 _OPERATIONS: dict[str, Callable[..., Any]] = {
     "session_open": _open,
     "session_extend": _extend,
@@ -165,4 +175,5 @@ _OPERATIONS: dict[str, Callable[..., Any]] = {
     "session_notes": _notes,
     "session_close": _close,
     "stats": lambda engine: engine.current_stats(),
+    "about": _about,
 }

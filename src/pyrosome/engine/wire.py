@@ -21,7 +21,17 @@ from typing import Any, NoReturn, TypeVar
 import msgspec
 import zmq
 
-from pyrosome.engine.request import Ended, Event, Request, Reuse, Timeline, TokenEvent
+from pyrosome.engine.request import (
+    Ended,
+    Event,
+    News,
+    Progress,
+    PromptLogprobs,
+    Request,
+    Reuse,
+    Timeline,
+    TokenEvent,
+)
 from pyrosome.engine.stats import Stats
 from pyrosome.errors import EngineError, PyrosomeError, RequestError
 
@@ -111,9 +121,11 @@ class Failed(Message):
 
 
 class Events(Message):
-    """A step's events, in order: runs of tokens, each followed by a run of ends."""
+    """A step's events, in order: news of prompts, then runs of tokens, each followed by a run of ends."""
 
     runs: list[tuple[list[TokenEvent], list[Ended]]]
+    progress: list[Progress] = []
+    prompt_logprobs: list[PromptLogprobs] = []
 
 
 Report = Hello | Ready | Broken | Done | Failed | Events
@@ -182,26 +194,29 @@ def result_of(message: Done) -> Any:
         raise _unreadable("a result", error) from None
 
 
-def events_message(events: Sequence[Event]) -> Events:
-    """`Events`, in the same order."""
+def events_message(events: Sequence[Event | News]) -> Events:
+    """`Events`, in the same order but for news, which come before a request's first token and so may come first."""
     runs: list[tuple[list[TokenEvent], list[Ended]]] = []
-    for kind, group in groupby(events, type):
+    progress = [e for e in events if isinstance(e, Progress)]
+    logprobs = [e for e in events if isinstance(e, PromptLogprobs)]
+    for kind, group in groupby((e for e in events if not isinstance(e, News)), type):
         if kind is TokenEvent:
             runs.append((list(group), []))  # type: ignore[arg-type]
         elif runs:
             runs[-1][1].extend(map(_sendable, group))  # type: ignore[arg-type]
         else:
             runs.append(([], list(map(_sendable, group))))  # type: ignore[arg-type]
-    return Events(runs)
+    return Events(runs, progress, logprobs)
 
 
 def _sendable(end: Ended) -> Ended:
     return dataclasses.replace(end, error=_as_text(end.error)) if end.error else end
 
 
-def events_of(message: Events) -> list[Event]:
+def events_of(message: Events) -> list[Event | News]:
     """The events in an `Events`."""
-    return [event for run in message.runs for part in run for event in part]
+    said = [event for run in message.runs for part in run for event in part]
+    return [*message.progress, *message.prompt_logprobs, *said]
 
 
 def decode_command(frame: bytes) -> Command:

@@ -14,11 +14,11 @@ import queue
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any, Protocol
 
-from pyrosome.engine.request import Ended, Event, Request
+from pyrosome.engine.request import Ended, Event, News, Request
 from pyrosome.errors import EngineError
 
 log = logging.getLogger(__name__)
@@ -53,12 +53,12 @@ class EngineLike(Protocol):
     def has_work(self) -> bool: ...
     def add(self, request: Request) -> None: ...
     def abort(self, request_id: str) -> None: ...
-    def step(self) -> list[Event]: ...
+    def step(self) -> Sequence[Event | News]: ...
     def call(self, name: str, /, **arguments: Any) -> Any: ...
     def close(self) -> None: ...
 
 
-Deliver = Callable[[list[Event]], object]
+Deliver = Callable[[list[Event | News]], object]
 
 
 class Driver(abc.ABC):
@@ -129,7 +129,7 @@ class EventStream:
         self._driver, self._id, self._open = driver, request.id, request.params.n
         self._events: deque[Event] = deque()
         # The driver knows the queue alone, so that a stream nobody holds any more is collected.
-        self._arrived: queue.SimpleQueue[list[Event]] = queue.SimpleQueue()
+        self._arrived: queue.SimpleQueue[list[Event | News]] = queue.SimpleQueue()
         self._adding = driver.add(request, self._arrived.put)
         try:
             self._adding.result()
@@ -144,7 +144,7 @@ class EventStream:
         while not self._events:
             if self._open <= 0:
                 raise StopIteration
-            self._events += self._arrived.get()
+            self._take(self._arrived.get())
         event = self._events.popleft()
         if isinstance(event, Ended):
             self._open -= 1
@@ -154,11 +154,14 @@ class EventStream:
         """Take no more events; the request is ended if it goes on."""
         with contextlib.suppress(queue.Empty):
             while True:
-                self._events += self._arrived.get_nowait()
+                self._take(self._arrived.get_nowait())
         if self._open > sum(isinstance(e, Ended) for e in self._events):
             self._driver.end_unwanted(self._id, self._adding)
         self._open = 0
         self._events.clear()
+
+    def _take(self, events: list[Event | News]) -> None:
+        self._events += [e for e in events if not isinstance(e, News)]
 
     def __enter__(self) -> EventStream:
         return self
@@ -320,11 +323,12 @@ class Waiting:
         """From now on its events are delivered."""
         self._requests[request.id] = deliver, set(range(request.params.n))
 
-    def deliver(self, events: list[Event]) -> list[str]:
+    def deliver(self, events: Sequence[Event | News]) -> list[str]:
         """Hand a step's events out, nothing after a completion's end; returns whose events nobody takes."""
-        batches: dict[str, list[Event]] = {}
+        batches: dict[str, list[Event | News]] = {}
         for event in events:
-            if (known := self._requests.get(event.request)) and event.index in known[1]:
+            known = self._requests.get(event.request)
+            if known and (isinstance(event, News) or event.index in known[1]):
                 batches.setdefault(event.request, []).append(event)
                 if isinstance(event, Ended):
                     known[1].remove(event.index)

@@ -1,0 +1,75 @@
+"""The HTTP application: routes, errors in each protocol's words, and the service's life."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator
+
+from fastapi import FastAPI, Request
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, Response
+
+from pyrosome import __version__
+from pyrosome.errors import PyrosomeError
+from pyrosome.server import openai_chat
+from pyrosome.server.problems import Problem, Refused, problem_of, shape_of
+from pyrosome.server.service import READY, Service
+
+log = logging.getLogger(__name__)
+
+
+def make_app(service: Service) -> FastAPI:
+    """The application of a service; loading begins with its lifespan, and it answers 503 until that is done."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        loading = asyncio.create_task(_load(service))
+        try:
+            yield
+        finally:
+            await service.drain()
+            loading.cancel()
+            await service.close()
+
+    app = FastAPI(title="pyrosome", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.state.service = service
+    app.include_router(openai_chat.router())
+    app.add_api_route("/health", _health, methods=["GET"], tags=["server"], summary="Ready to answer?")
+    app.add_exception_handler(PyrosomeError, _problem)
+    app.add_exception_handler(HTTPException, _http)
+    app.add_exception_handler(Exception, _problem)
+    return app
+
+
+async def _load(service: Service) -> None:
+    try:
+        await service.start()
+    except PyrosomeError as error:
+        log.error("the model could not be loaded: %s", error)
+
+
+async def _health(request: Request) -> Response:
+    """200 once requests are answered; 503 while the model is loaded, while the server closes, or when it failed."""
+    service: Service = request.app.state.service
+    body = {"status": service.state, "ready": service.state == READY, "alive": True, "model": service.card.name}
+    return JSONResponse(body, 200 if service.state == READY else 503)
+
+
+async def _problem(request: Request, error: Exception) -> Response:
+    problem = problem_of(error)
+    return _answer(request, problem)
+
+
+async def _http(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    text = {404: f"there is nothing at {request.url.path}", 405: f"{request.method} is not for {request.url.path}"}
+    message = text.get(error.status_code, str(error.detail))
+    return _answer(request, problem_of(Refused(error.status_code, message, headers=error.headers)))
+
+
+def _answer(request: Request, problem: Problem) -> Response:
+    for watcher in request.app.state.service.watchers:
+        watcher.refused(request.url.path, problem)
+    return JSONResponse(problem.body(shape_of(request.url.path)), problem.status, dict(problem.headers))

@@ -1,0 +1,282 @@
+"""One generating request, from its admission to its line in the usage ledger.
+
+Whatever happens to it (it ends, fails, its client leaves, the server shuts down) the engine stops working on it within
+a step, its place and its ticket are given back, and exactly one line is written.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import time
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from pyrosome import errors
+from pyrosome.answer import Reader, TokenLog
+from pyrosome.chat.events import Done, Event, Message, ReasoningDelta, Usage
+from pyrosome.engine.aio import AsyncEventStream
+from pyrosome.engine.request import Ended, Progress, PromptLogprobs, Request, Reuse, Timeline, TokenEvent
+from pyrosome.errors import EngineError, PyrosomeError
+from pyrosome.server.caller import Caller, Entry, Ticket
+from pyrosome.server.problems import Problem, Refused, shape_of
+from pyrosome.server.service import Service
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Said:
+    """A part of one of the answers, with the tokens it is made of where their log probabilities were asked for."""
+
+    index: int
+    event: Event
+    tokens: Sequence[TokenLog] = ()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StillHere:
+    """Nothing was said for a while: how far the prompt is, if that is known."""
+
+    progress: Progress | None
+    waited_s: float
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Asked:
+    """A request as its route understood it.  `request.id` is the exchange's."""
+
+    request: Request
+    readers: tuple[Reader, ...]  # one for each completion
+    caller: Caller
+    path: str
+    protocol: str
+    model: str  # its name in the answer
+    mode: str
+    body: dict[str, Any]
+
+
+@dataclasses.dataclass
+class Outcome:
+    """All that came of it."""
+
+    asked: Asked
+    created: int  # seconds since 1970
+    fingerprint: str
+    dones: list[Done | None]
+    status: str = ""
+    error: PyrosomeError | None = None
+    reuse: Reuse = dataclasses.field(default_factory=Reuse)
+    timelines: list[Timeline] = dataclasses.field(default_factory=list)
+    logs: list[list[tuple[str, TokenLog]]] = dataclasses.field(default_factory=list)  # ("content"|"reasoning", token)
+    prompt_logprobs: list[dict[int, float]] = dataclasses.field(default_factory=list)
+    arrived: float = 0.0  # of time.monotonic
+    first_token: float | None = None
+    ended: float = 0.0
+
+    @property
+    def id(self) -> str:
+        """The request's id."""
+        return self.asked.request.id
+
+    @property
+    def seed(self) -> int | None:
+        """The seed it ran with."""
+        return self.asked.request.params.seed
+
+    @property
+    def messages(self) -> list[Message]:
+        """The answers, once all have ended."""
+        return [d.message for d in self.dones if d]
+
+    @property
+    def usage(self) -> Usage:
+        """Of all completions together, whose prompt was computed once."""
+        each = [d.usage for d in self.dones if d]
+        prompt = len(self.asked.request.ids)
+        return Usage(
+            each[0].prompt_tokens if each else prompt,
+            sum(u.completion_tokens for u in each),
+            sum(u.reasoning_tokens for u in each),
+            self.reuse.reused_tokens,
+        )
+
+
+class Exchange:
+    """A request that was admitted; `open` it, take its `batches`, and `close` it whatever happens."""
+
+    def __init__(self, service: Service, asked: Asked) -> None:
+        self._service, self.asked = service, asked
+        self.id = asked.request.id
+        self.outcome = Outcome(
+            asked, int(time.time()), service.card.fingerprint, [None] * len(asked.readers),
+            logs=[[] for _ in asked.readers], arrived=time.monotonic(),
+        )  # fmt: skip
+        self._left = set(range(len(asked.readers)))
+        self._stream: AsyncEventStream | None = None
+        self._ticket: Ticket | None = None
+        self._running: Any = None
+        self._task: asyncio.Task[Any] | None = None
+        self._progress: Progress | None = None
+        self._started = time.time()
+        self._is_inside = self._is_settled = self.is_shutting_down = False
+        self.write_s = service.options.write_s
+        self.error_shape = shape_of(asked.path)
+
+    async def open(self) -> None:
+        """Have it admitted and taken by the engine.
+
+        Raises:
+            Refused: 402, 429 or 503.
+            RequestError: what the engine finds wrong with it.
+        """
+        engine, asked = self._service.engine, self.asked
+        self._service.gate.enter()
+        self._is_inside = True
+        self._running = self._service.running(self)
+        self._running.__enter__()
+        try:
+            self._ticket = await self._service.door.enter(
+                asked.caller, self.id, len(asked.request.ids), asked.request.params.max_tokens * len(self._left)
+            )
+            self._stream = engine.submit(asked.request)
+            await self._stream.accepted()
+        except BaseException as error:
+            self.outcome.status = "error"
+            self.outcome.error = error if isinstance(error, PyrosomeError) else None
+            await self.close()
+            raise
+        for watcher in self._service.watchers:
+            watcher.taken(self)
+
+    async def batches(self) -> AsyncIterator[list[Said] | StillHere]:
+        """What is said, as it comes; `Done` of every answer last, when the ledger has its line.
+
+        Raises:
+            EngineError: it failed on the way.
+            Refused: 504, its deadline has passed.
+        """
+        assert self._stream
+        self._task = asyncio.current_task()
+        began, options = time.monotonic(), self._service.options
+        while self._left:
+            events = await self._stream.batch(self._patience(options.keep_alive_s))
+            if options.deadline_s and time.monotonic() - self.outcome.arrived > options.deadline_s:
+                raise Refused(504, f"the request took longer than the {options.deadline_s:g} s a request may take here")
+            said = self._read(events)
+            if said:
+                began = time.monotonic()
+                yield said
+            elif time.monotonic() - began >= options.keep_alive_s and self._left:
+                yield StillHere(self._progress, time.monotonic() - self.outcome.arrived)
+                began = time.monotonic()
+        self._stream.close()  # a stop string, or complete calls, may have come before the engine's end
+        done = [Said(i, self._done(i)) for i in range(len(self.asked.readers))]
+        await self._settle(self.outcome.messages[0].finish_reason)
+        yield done
+
+    def cancel(self) -> None:
+        """End it because the server shuts down; its client is told."""
+        self.is_shutting_down = True
+        if self._task:
+            self._task.cancel()
+
+    def refused(self, problem: Problem) -> None:
+        """Tell the watchers that it was answered with an error."""
+        for watcher in self._service.watchers:
+            watcher.refused(self.asked.path, problem)
+
+    async def close(self) -> None:
+        """Give back all it holds; to be called at its end, again or not."""
+        if self._stream:
+            self._stream.close()
+        if self._is_inside:
+            self._is_inside = False
+            self._service.gate.leave(time.monotonic() - self.outcome.arrived)
+            self._running.__exit__(None, None, None)
+        if self._ticket and not self._is_settled:
+            for i in list(self._left):
+                self._end(i, "abort")
+            for i in range(len(self.asked.readers)):
+                self._done(i)
+            await asyncio.shield(self._settle(self.outcome.status or "abort"))
+
+    def _patience(self, keep_alive_s: float) -> float:
+        deadline = self._service.options.deadline_s
+        if not deadline:
+            return keep_alive_s
+        return max(0.0, min(keep_alive_s, self.outcome.arrived + deadline - time.monotonic()))
+
+    def _read(self, events: Sequence[Any]) -> list[Said]:
+        said: list[Said] = []
+        for event in events:
+            if isinstance(event, Progress):
+                self._progress = event
+            elif isinstance(event, PromptLogprobs):
+                self.outcome.prompt_logprobs += event.logprobs
+            elif isinstance(event, TokenEvent):
+                said += self._token(event)
+            elif isinstance(event, Ended):
+                said += self._ended(event)
+        return said
+
+    def _token(self, event: TokenEvent) -> list[Said]:
+        if self.outcome.first_token is None:
+            self.outcome.first_token = time.monotonic()
+        if event.reuse:
+            self.outcome.reuse = event.reuse
+        reader = self.asked.readers[event.index]
+        if reader.is_over:
+            return []
+        said = self._note(event.index, reader.feed(event))
+        if reader.is_over:
+            said += self._end(event.index, "stop")
+        return said
+
+    def _ended(self, event: Ended) -> list[Said]:
+        self.outcome.timelines.append(event.timeline)
+        if event.reason == "error":
+            self.outcome.status = "error"
+            kind = getattr(errors, event.error_type, EngineError)
+            fits = isinstance(kind, type) and issubclass(kind, PyrosomeError)
+            # A class with a message of its own making is raised as its base.
+            own = not fits or kind.__init__ is not PyrosomeError.__init__
+            self.outcome.error = (EngineError if own else kind)(event.error)
+            raise self.outcome.error
+        if not self.outcome.reuse.prompt_tokens:
+            self.outcome.reuse = event.reuse
+        return self._end(event.index, event.reason)
+
+    def _end(self, index: int, reason: str) -> list[Said]:
+        if index not in self._left:
+            return []
+        self._left.remove(index)
+        return self._note(index, self.asked.readers[index].end(reason))
+
+    def _note(self, index: int, read: list[tuple[Event, list[TokenLog]]]) -> list[Said]:
+        for event, tokens in read:
+            kind = "reasoning" if isinstance(event, ReasoningDelta) else "content"
+            self.outcome.logs[index] += [(kind, t) for t in tokens]
+        return [Said(index, event, tokens) for event, tokens in read]
+
+    def _done(self, index: int) -> Done:
+        done = self.outcome.dones[index]
+        if done is None:
+            done = self.outcome.dones[index] = self.asked.readers[index].done()
+        return done
+
+    async def _settle(self, status: str) -> None:
+        if self._is_settled:
+            return
+        self._is_settled = True
+        o = self.outcome
+        o.status, o.ended = status, time.monotonic()
+        first = None if o.first_token is None else (o.first_token - o.arrived) * 1000
+        entry = Entry(
+            self.id, self.asked.path, self.asked.model, self.asked.mode, status, self._started, o.usage, first,
+            (o.ended - o.arrived) * 1000,
+        )  # fmt: skip
+        try:
+            if self._ticket:
+                await self._ticket.settle(entry)
+        finally:
+            for watcher in self._service.watchers:
+                watcher.ended(o)

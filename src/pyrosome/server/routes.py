@@ -1,0 +1,187 @@
+"""What every generating route does: who asks, what, is it admitted, and then the reply."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Callable
+from typing import Any
+
+from fastapi import Request
+from starlette.responses import JSONResponse, Response
+
+from pyrosome.answer import ChatReader, chat_request
+from pyrosome.chat.prompt import Prompt
+from pyrosome.errors import RequestError
+from pyrosome.options import SamplingParams
+from pyrosome.server.bodies import read_json
+from pyrosome.server.caller import GENERATE, Caller
+from pyrosome.server.exchange import Asked, Exchange
+from pyrosome.server.problems import Refused
+from pyrosome.server.reply import Reply
+from pyrosome.server.service import Service
+from pyrosome.server.shape import Shape
+
+SEED_BITS = 53  # a seed of ours is echoed as a JSON number, and JavaScript has no larger integers
+
+
+def service_of(request: Request) -> Service:
+    """The service behind an app."""
+    found: Service = request.app.state.service
+    return found
+
+
+async def caller_of(request: Request, scope: str) -> Caller:
+    """Who asks; their key may be in `Authorization: Bearer`, `x-api-key` or `api-key`.
+
+    Raises:
+        Refused: 401, 403.
+    """
+    headers = request.headers
+    kind, _, presented = headers.get("authorization", "").partition(" ")
+    key = presented.strip() if kind.lower() == "bearer" else headers.get("x-api-key") or headers.get("api-key")
+    caller = await service_of(request).door.caller(key or None)
+    if scope not in caller.scopes:
+        raise Refused(403, f"this key may not do that; it needs the scope {scope!r}")
+    return caller
+
+
+async def body_of(request: Request) -> dict[str, Any]:
+    """The request's JSON object."""
+    options = service_of(request).options
+    return await read_json(request, options.max_body_bytes, options.body_s)
+
+
+def paths(*suffixes: str, v1: bool = True) -> list[str]:
+    """A route's path and its aliases: the first is the one in the OpenAPI document."""
+    prefixes = ("/v1", "", "/beta", "/beta/v1") if v1 else ("",)
+    return [p + s for s in suffixes for p in prefixes]
+
+
+def params_of(service: Service, prompt: Prompt, body: dict[str, Any]) -> SamplingParams:
+    """How a chat request chooses its tokens: the template's reading of it, and what only this server takes.
+
+    A request without a seed gets one, so that it can be told and repeated.
+    """
+    limit = min(prompt.max_tokens, max(1, service.card.context_tokens - len(prompt.ids)))
+    changes: dict[str, Any] = {"max_tokens": limit}
+    if prompt.sampling.seed is None:
+        changes["seed"] = random.getrandbits(SEED_BITS)
+    if not service.chat.compat:
+        for name in ("stop_token_ids", "ignore_eos", "max_repeats", "n"):
+            if body.get(name) is not None:
+                changes[name] = body[name]
+        budget = thinking_budget(body)
+        if budget is not None:
+            changes["max_thinking_tokens"] = budget
+    return prompt.sampling_params(**changes)
+
+
+def thinking_budget(body: dict[str, Any]) -> int | None:
+    """Tokens of thought a request allows, by any of its spellings."""
+    if body.get("thinking_budget") is not None:
+        return body["thinking_budget"]  # type: ignore[no-any-return]  # its type is checked where it is used
+    thinking = body.get("thinking")
+    if isinstance(thinking, dict) and thinking.get("budget_tokens") is not None:
+        return thinking["budget_tokens"]  # type: ignore[no-any-return]
+    kwargs = body.get("chat_template_kwargs")
+    if isinstance(kwargs, dict) and kwargs.get("thinking_budget") is not None:
+        return kwargs["thinking_budget"]  # type: ignore[no-any-return]
+    return None
+
+
+async def chat_exchange(
+    request: Request, body: dict[str, Any], caller: Caller, protocol: str, id_prefix: str, **changes: Any
+) -> tuple[Prompt, Exchange]:
+    """An exchange for a chat request in one of the template's protocols, not opened yet."""
+    service = service_of(request)
+    model = service.name_for(body.get("model"))
+    prompt = await service.render(body, protocol)
+    salt = salt_of(caller, body)
+    params = params_of(service, prompt, body)
+    asked = chat_request(
+        service.new_id(id_prefix), prompt, service.chat, params, context=service.card.context_tokens,
+        **{"salt": salt, "progress": True, "priority": priority_of(body), **changes},
+    )  # fmt: skip
+    readers = tuple(ChatReader(service.chat, prompt, service.card.end_token) for _ in range(params.n))
+    return prompt, Exchange(
+        service, Asked(asked, readers, caller, request.url.path, protocol, model, prompt.mode, body)
+    )
+
+
+def salt_of(caller: Caller, body: dict[str, Any]) -> str:
+    """Whose prefixes a request may share: the account's, or one part of them that the client names."""
+    user = body.get("user_id")
+    metadata = body.get("metadata")
+    if user is None and isinstance(metadata, dict):
+        user = metadata.get("user_id")
+    named = body.get("cache_salt") or user
+    return f"{caller.salt}/{named}" if isinstance(named, str) and named else caller.salt
+
+
+def priority_of(body: dict[str, Any]) -> int:
+    """The priority a client asks for; only lower than usual, so that nobody passes others by asking.
+
+    Raises:
+        Refused: it is no integer.
+    """
+    value = body.get("priority")
+    if value is None:
+        return 0
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise Refused(400, f"priority is {value!r}; an integer was expected")
+    return max(-100, min(0, value))
+
+
+async def answered(exchange: Exchange, shape: Shape, *, stream: bool, mode: str) -> Response:
+    """Open the exchange and answer with it.
+
+    Raises:
+        Refused, RequestError: it was not taken.
+    """
+    await exchange.open()
+    headers = {"x-request-id": exchange.id, "x-pyrosome-mode": mode}
+    if (seed := exchange.outcome.seed) is not None:
+        headers["x-pyrosome-seed"] = str(seed)
+    headers["x-pyrosome-fingerprint"] = exchange.outcome.fingerprint[:16]
+    return Reply(exchange, shape, stream=stream, headers=headers)
+
+
+async def rendered(request: Request, protocol: str) -> Response:
+    """What a body would be rendered to: `{prompt, token_ids, sampling}`; nothing is generated."""
+    caller = await caller_of(request, GENERATE)
+    body = await body_of(request)
+    service = service_of(request)
+    service.name_for(body.get("model"))
+    prompt = await service.render(body, protocol)
+    params = params_of(service, prompt, body)
+    constraint = dataclasses.asdict(prompt.constraint) if prompt.constraint else None
+    return JSONResponse(
+        {
+            "prompt": prompt.text,
+            "token_ids": list(prompt.ids),
+            "sampling": {**dataclasses.asdict(params), "stop": list(prompt.stop)},
+            "mode": prompt.mode,
+            "constraint": constraint,
+            "starts_in": prompt.start,
+            "continues": prompt.continues,
+            "salt": bool(caller.salt),
+        }
+    )
+
+
+Make = Callable[[Exchange], Shape]
+
+
+def must_be_bool(body: dict[str, Any], name: str) -> bool:
+    """A flag of a body.
+
+    Raises:
+        RequestError: it is none.
+    """
+    value = body.get(name)
+    if value is None:
+        return False
+    if not isinstance(value, bool):
+        raise RequestError(f"{name} is {value!r}; true or false was expected")
+    return value

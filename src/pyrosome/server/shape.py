@@ -1,0 +1,76 @@
+"""How a protocol writes an answer: what `openai_chat`, `openai_text`, `responses` and `anthropic` implement."""
+
+from __future__ import annotations
+
+import abc
+from typing import Any
+
+import msgspec
+
+from pyrosome.server.exchange import Exchange, Outcome, Said, StillHere
+from pyrosome.server.problems import Problem
+
+_encoder = msgspec.json.Encoder()
+
+
+def as_json(value: Any) -> bytes:
+    """JSON bytes; a lone surrogate, which has no UTF-8 form, becomes U+FFFD."""
+    try:
+        return _encoder.encode(value)
+    except UnicodeEncodeError:
+        return _encoder.encode(_clean(value))
+
+
+def frame(value: Any, event: str = "") -> bytes:
+    """One server-sent event with JSON data."""
+    name = f"event: {event}\n".encode() if event else b""
+    return name + b"data: " + as_json(value) + b"\n\n"
+
+
+class Shape(abc.ABC):
+    """One answer in one protocol; streamed (`begin`, `said`..., `end`) or whole.  Knows no sockets.
+
+    Frames are bytes of `text/event-stream`.
+    """
+
+    def __init__(self, exchange: Exchange) -> None:
+        self.exchange, self.asked, self.outcome = exchange, exchange.asked, exchange.outcome
+
+    def begin(self) -> list[bytes]:
+        """Once the engine has taken the request."""
+        return []
+
+    @abc.abstractmethod
+    def said(self, said: Said) -> list[bytes]:
+        """A part of an answer, `Done` included."""
+
+    def still_here(self, here: StillHere) -> list[bytes]:
+        """A sign of life while nothing is said."""
+        return [b": keep-alive\n\n"]
+
+    @abc.abstractmethod
+    def end(self) -> list[bytes]:
+        """After the last part: what closes the stream."""
+
+    @abc.abstractmethod
+    def failed(self, problem: Problem) -> list[bytes]:
+        """The answer breaks off; the status was 200 already."""
+
+    @abc.abstractmethod
+    def whole(self) -> dict[str, Any]:
+        """The answer in one piece."""
+
+
+def fingerprint(outcome: Outcome) -> str:
+    """The `system_fingerprint` of an answer: weights, numerics and cache format."""
+    return f"fp_{outcome.fingerprint[:16]}"
+
+
+def _clean(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()
+    if isinstance(value, dict):
+        return {_clean(k): _clean(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_clean(v) for v in value]
+    return value
