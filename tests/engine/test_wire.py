@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import random
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 
 from pyrosome.chat import InvalidRequest
 from pyrosome.engine import wire
-from pyrosome.engine.request import Ended, Request, Reuse, Timeline, TokenEvent
+from pyrosome.engine.request import Ended, Progress, PromptLogprobs, Request, Reuse, Timeline, TokenEvent
 from pyrosome.engine.stats import Stats
 from pyrosome.errors import ContextTooLong, EngineError, RequestError
 from pyrosome.options import Constraint, SamplingParams
@@ -22,14 +23,16 @@ WHOLE = Request(
     SamplingParams(
         max_tokens=7, temperature=0.25, top_p=0.5, top_k=3, min_p=0.125, presence_penalty=-1.0, frequency_penalty=2.0,
         repetition_penalty=1.5, seed=2**64 - 1, stop_token_ids=(1, 2), stop=("\n", "é"), logprobs=5, ignore_eos=True,
-        n=3, max_thinking_tokens=9, max_repeats=4,
+        n=3, max_thinking_tokens=9, max_repeats=4, prompt_logprobs=2,
     ),
     priority=-2,
     salt="tenant",
     stable=4,
     think_end=128799,
-    constraint=Constraint("json", '{"type": "object"}', True, False),
+    constraint=Constraint("json", '{"type": "object"}', True, False, '{"type": "string"}'),
+    never_empty=True,
     session="s",
+    progress=True,
 )  # fmt: skip
 EVENTS = [
     TokenEvent("a", 0, 5, {5: -0.125, 7: -float("inf")}, reuse=Reuse(300, 256, 256, 0, "all", "", "known")),
@@ -41,13 +44,25 @@ EVENTS = [
     TokenEvent("a", 0, 6, {6: 0.0}),
     Ended("a", 0, "length", 2),
 ]
+NEWS = [
+    Progress("a", 128, 300),
+    Progress("d", 5, 9),
+    PromptLogprobs("d", 1, [{7: -0.5, 3: -float("inf")}, {2: -1.25}]),
+    PromptLogprobs("d", 3, []),
+]
 STATS = Stats(requests=3, ended_by_reason={"stop": 2}, drafted=(4, 2), free_pages={128: 7}, step_seconds=0.1)
 FRAMES = [
     wire.encode_add(7, WHOLE),
     *(wire.encode(m) for m in (wire.Start("a:b", {"x": 1}, True), wire.Call(3, "echo", {"x": [1]}), wire.Abort("é"))),
     *(
         wire.encode(m)
-        for m in (wire.Close(), wire.Hello(), wire.Ready(), wire.done(1, STATS), wire.events_message(EVENTS))
+        for m in (
+            wire.Close(),
+            wire.Hello(),
+            wire.Ready(),
+            wire.done(1, STATS),
+            wire.events_message([*NEWS, *EVENTS]),
+        )
     ),
     wire.encode(wire.Failed(2, wire.failure_of(ContextTooLong(12, 10, "shorten it")))),
 ]
@@ -59,9 +74,23 @@ def test_a_request_travels_whole(request_):
     assert message.number == 7 and wire.request_of(message) == request_
 
 
-@pytest.mark.parametrize("events", [[], EVENTS, EVENTS[::-1], EVENTS[2:3], EVENTS[:1], EVENTS[2:]])
+def test_the_request_that_travels_here_has_every_field_set():
+    for value in (WHOLE, WHOLE.params, WHOLE.constraint):
+        for f in dataclasses.fields(value):
+            assert getattr(value, f.name) != f.default, f.name
+
+
+@pytest.mark.parametrize(
+    "events", [[], EVENTS, EVENTS[::-1], EVENTS[2:3], EVENTS[:1], EVENTS[2:], NEWS, [*NEWS, *EVENTS], NEWS[2:]]
+)
 def test_events_travel_whole_and_in_order(events):
     assert wire.events_of(wire.decode_report(wire.encode(wire.events_message(events)))) == events
+
+
+def test_news_of_prompts_come_before_what_others_say_and_stay_in_order():
+    mixed = [NEWS[2], EVENTS[1], NEWS[0], *EVENTS[2:4], NEWS[3], NEWS[1], *EVENTS[4:]]
+    again = wire.events_of(wire.decode_report(wire.encode(wire.events_message(mixed))))
+    assert again == [*NEWS, *EVENTS[1:]]
 
 
 @pytest.mark.parametrize("before", [[], EVENTS[:1]])
@@ -80,13 +109,13 @@ def test_results_travel_whole(result):
 def test_bytes_are_what_they_were():
     assert wire.encode(wire.Abort("a")) == b"\x92\xa5Abort\xa1a"
     assert wire.encode(wire.events_message([TokenEvent("a", 1, 5, {5: -0.5}), Ended("a", 1, "stop")])).hex() == (
-        "92a64576656e747391929186a772657175657374a161a5696e64657801a5746f6b656e05a86c6f6770726f62738105cbbfe0000000000000"
+        "94a64576656e747391929186a772657175657374a161a5696e64657801a5746f6b656e05a86c6f6770726f62738105cbbfe0000000000000"
         "ac69735f656e645f746f6b656ec2a57265757365c09188a772657175657374a161a5696e64657801a6726561736f6ea473746f70ad6f75747075745f746f6b"
         "656e7300a5726575736587ad70726f6d70745f746f6b656e7300ae6d6174636865645f746f6b656e7300ad7265757365645f746f6b656e73"
         "00af7265706c617965645f746f6b656e7300a56c696d6974a0a673747265616da0a6726561736f6ea0a874696d656c696e6588a761727269"
         "766564cb0000000000000000a861646d6974746564cb0000000000000000ab66697273745f746f6b656ecb0000000000000000a5656e6465"
         "64cb0000000000000000a96e756d5f7061726b7300a96e756d5f737465707300a76472616674656490a8616363657074656490a56572726f"
-        "72a0aa6572726f725f74797065a0"
+        "72a0aa6572726f725f74797065a09090"
     )
 
 
