@@ -11,6 +11,8 @@ PyrosomeError
 │   └── KernelUnavailable    a version of an operation was asked for by name and cannot run there
 ├── RequestError             the caller can fix it; a server answers 400
 │   ├── ContextTooLong
+│   ├── UnknownSession       an id that the engine has no session of
+│   ├── SessionBusy          a session in which a request is generating
 │   └── chat.InvalidRequest  a body the official API refuses; has its status and body
 ├── TrainError               a training run cannot go on as it is; its last good state is kept
 └── EngineError              we must fix it; a server answers 500
@@ -82,6 +84,14 @@ class ContextTooLong(RequestError):
 
     def __reduce__(self) -> tuple[type[ContextTooLong], tuple[object, ...]]:
         return type(self), (self.asked_tokens, self.max_tokens, self.hint)
+
+
+class UnknownSession(RequestError):
+    """There is no session of that id in the engine: it was closed, or the engine is another one since."""
+
+
+class SessionBusy(RequestError):
+    """A request is generating in the session, which can do nothing else meanwhile."""
 
 
 class TrainError(PyrosomeError):

@@ -12,7 +12,7 @@ from pyrosome.cache.store import open_session, save_session
 from pyrosome.engine.request import Request
 from pyrosome.engine.runner import Sequence, check_ids
 from pyrosome.engine.track import Track
-from pyrosome.errors import ContextTooLong, RequestError
+from pyrosome.errors import ContextTooLong, RequestError, SessionBusy, UnknownSession
 
 if TYPE_CHECKING:
     from pyrosome.engine.engine import Engine
@@ -54,9 +54,9 @@ def find(engine: Engine, session_id: str) -> Session:
     """
     session = engine.sessions.get(session_id)
     if session is None:
-        raise RequestError(f"there is no session {session_id!r}; open one, or restore it from its file")
+        raise UnknownSession(f"there is no session {session_id!r}; open one, or restore it from its file")
     if session.is_busy:
-        raise RequestError(f"session {session_id} is generating; wait for its end, or fork it before")
+        raise SessionBusy(f"session {session_id} is generating; wait for its end, or fork it before")
     return session
 
 
