@@ -166,6 +166,8 @@ class ServerOptions:
     sign_up: bool = False  # whoever has an invite code may make an account
     state_path: str = ""  # a folder for keys, usage and saved sessions; "": the user's own
     database_url: str = ""  # where keys and usage are kept instead of a file in that folder
+    prices: tuple[int, int, int] = (0, 0, 0)  # micro-units per million tokens of prompt, of cached prompt, of output
+    usage_days: int = 0  # lines of the usage ledger are kept so long, daily sums always; 0: for ever
     tls_certificate: str = ""
     tls_key: str = ""
 
@@ -180,12 +182,17 @@ class ServerOptions:
         for name, values in (("compat", ("", "deepseek")), ("keys", KEYS), ("effort", ("low", "high", "max"))):
             if getattr(self, name) not in values:
                 raise RequestError(f"{name} is {getattr(self, name)!r}; it is one of {', '.join(map(repr, values))}")
+        object.__setattr__(self, "prices", _items("prices", self.prices, int))
+        if len(self.prices) != 3 or not all(0 <= p <= MAX_PRICE for p in self.prices):
+            raise RequestError(f"prices is {self.prices!r}; three integers from 0 to {MAX_PRICE} were expected")
+        require_integer("usage_days", self.usage_days, 0)
         for name in ("names", "cors"):
             object.__setattr__(self, name, _items(name, getattr(self, name), str))
         if bool(self.tls_certificate) != bool(self.tls_key):
             raise RequestError("TLS needs both a certificate and its key; give tls_certificate and tls_key")
 
 
+MAX_PRICE = 10**12  # micro-units of money per million tokens
 KEYS = ("auto", "required", "off")
 EXPERTS = ("resident", "mapped")
 NUMA = ("auto", "off")

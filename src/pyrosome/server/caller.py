@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Protocol
 
 from pyrosome.chat.events import Usage
@@ -44,7 +45,13 @@ class Entry:
 
 
 class Ticket(Protocol):
-    """One admitted request; settled exactly once."""
+    """One admitted request; settled exactly once.
+
+    Attributes:
+        headers: what the answer's head says of the limits it runs under.
+    """
+
+    headers: Mapping[str, str]
 
     async def settle(self, entry: Entry) -> None:
         """Give back what it held, and write its line: once this returns, the line survives a crash."""
@@ -67,6 +74,9 @@ class Door(Protocol):
             Refused: 402 (budget), 429 (rate, concurrency) with Retry-After.
         """
 
+    def close(self) -> None:
+        """No more requests come; what is still to be written is written."""
+
 
 class OpenDoor:
     """Everybody is let in, and nothing is written down."""
@@ -79,7 +89,12 @@ class OpenDoor:
         """No limits."""
         return _OpenTicket()
 
+    def close(self) -> None:
+        """Nothing was open."""
+
 
 class _OpenTicket:
+    headers: Mapping[str, str] = {}
+
     async def settle(self, entry: Entry) -> None:
         pass

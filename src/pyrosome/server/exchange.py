@@ -147,6 +147,11 @@ class Exchange:
         for watcher in self._service.watchers:
             watcher.taken(self)
 
+    @property
+    def limit_headers(self) -> dict[str, str]:
+        """What its ticket says of the limits it runs under."""
+        return dict(self._ticket.headers) if self._ticket else {}
+
     async def batches(self) -> AsyncIterator[list[Said] | StillHere]:
         """What is said, as it comes; `Done` of every answer last, when the ledger has its line.
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fastapi import Request
+from starlette.datastructures import Headers
 from starlette.responses import JSONResponse, Response
 
 from pyrosome.answer import ChatReader, chat_request
@@ -35,15 +36,37 @@ async def caller_of(request: Request, scope: str) -> Caller:
     """Who asks; their key may be in `Authorization: Bearer`, `x-api-key` or `api-key`.
 
     Raises:
-        Refused: 401, 403.
+        Refused: 400, 401, 403.
     """
-    headers = request.headers
-    kind, _, presented = headers.get("authorization", "").partition(" ")
-    key = presented.strip() if kind.lower() == "bearer" else headers.get("x-api-key") or headers.get("api-key")
-    caller = await service_of(request).door.caller(key or None)
+    caller = await service_of(request).door.caller(presented_key(request.headers))
     if scope not in caller.scopes:
+        if not caller.key:
+            message = f"this needs a key with the scope {scope!r}, as Authorization: Bearer KEY; none is known of you"
+            raise Refused(401, message, headers={"WWW-Authenticate": "Bearer"})
         raise Refused(403, f"this key may not do that; it needs the scope {scope!r}")
     return caller
+
+
+def presented_key(headers: Headers) -> str | None:
+    """The key in a request's headers.  Whatever could be read in two ways is refused: a proxy may read the other one.
+
+    Raises:
+        Refused: 400, a header is there twice, or two headers hold different keys.
+    """
+    found: set[str] = set()
+    for name in ("authorization", "x-api-key", "api-key"):
+        values = headers.getlist(name)
+        if len(values) > 1:
+            raise Refused(400, f"the header {name} is there {len(values)} times; send it once")
+        for value in values:
+            if name == "authorization":
+                kind, _, value = value.partition(" ")
+                value = value if kind.lower() == "bearer" else ""
+            if value.strip():
+                found.add(value.strip())
+    if len(found) > 1:
+        raise Refused(400, "two different keys were sent, in Authorization, x-api-key or api-key; send one")
+    return next(iter(found), None)
 
 
 async def body_of(request: Request) -> dict[str, Any]:
@@ -140,7 +163,7 @@ async def answered(exchange: Exchange, shape: Shape, *, stream: bool, mode: str)
         Refused, RequestError: it was not taken.
     """
     await exchange.open()
-    headers = {"x-request-id": exchange.id, "x-pyrosome-mode": mode}
+    headers = {"x-request-id": exchange.id, "x-pyrosome-mode": mode, **exchange.limit_headers}
     if (seed := exchange.outcome.seed) is not None:
         headers["x-pyrosome-seed"] = str(seed)
     headers["x-pyrosome-fingerprint"] = exchange.outcome.fingerprint[:16]

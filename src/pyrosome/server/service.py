@@ -85,7 +85,7 @@ class Service:
         self.options, self.engine_options = options or ServerOptions(), engine_options or EngineOptions()
         index = open_checkpoint(model)
         self.chat = chat or Chat(index.path, compat=self.options.compat or None, default_thinking=self.options.thinking)
-        config = index.config
+        self.config = config = index.config
         own = self.options.names or (model if model.startswith("builtin:") else Path(model).resolve().name,)
         self.card = ModelCard(
             own[0], own, index.path, config.max_position_embeddings, config.eos_token_id, config.bos_token_id,
@@ -148,6 +148,7 @@ class Service:
         """End the engine; its saved state is on disk."""
         if self._engine:
             await self._engine.close()
+        self.door.close()
         for close in self.closers:
             close()
 
