@@ -129,7 +129,7 @@ class FakeEngine:
             return arguments
         if name == "stats":
             stats = Stats(running=len(self.open), num_pages={1: 10, 128: 3})
-            stats.step_done(0.3)
+            stats.step_done(0.3, 4)
             stats.drafts_checked(2, 1)
             return stats
         if name == "state":

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 
 from pyrosome.engine.request import Reuse
 from pyrosome.engine.speculate import Depth
-from pyrosome.engine.stats import STEP_BUCKETS, LogLine, Stats
+from pyrosome.engine.stats import STEP_BUCKETS, TOKEN_BUCKETS, LogLine, Stats
 from tests.engine.engines import drain, engine_of, run, watched
 from tests.engine.engines import request as asked
 from tests.networks import agreeing_network
@@ -22,9 +23,19 @@ def test_a_step_is_counted_in_the_first_bucket_that_holds_it(number):
     high = STEP_BUCKETS[number] if number < len(STEP_BUCKETS) else 1000.0
     stats = Stats()
     for seconds in (low + 1e-9, (low + high) / 2, high):
-        stats.step_done(seconds)
+        stats.step_done(seconds, 1)
     assert stats.steps_by_seconds == tuple(3 * (i == number) for i in range(len(STEP_BUCKETS) + 1))
     assert stats.steps == 3 and stats.step_seconds == pytest.approx(low + (low + high) / 2 + high)
+
+
+@pytest.mark.parametrize("number", range(len(TOKEN_BUCKETS) + 1))
+def test_a_steps_tokens_are_counted_in_the_first_bucket_that_holds_them(number):
+    low = TOKEN_BUCKETS[number - 1] if number else 0
+    high = TOKEN_BUCKETS[number] if number < len(TOKEN_BUCKETS) else 100_000
+    stats = Stats()
+    for num_tokens in (low + 1, high):
+        stats.step_done(0.1, num_tokens)
+    assert stats.steps_by_tokens == tuple(2 * (i == number) for i in range(len(TOKEN_BUCKETS) + 1))
 
 
 def test_drafts_are_counted_by_their_position():
@@ -47,7 +58,7 @@ def test_lookups_ends_and_faults_are_counted_by_kind():
 
 
 def count_all(stats: Stats) -> None:
-    stats.step_done(0.1)
+    stats.step_done(0.1, 7)
     stats.looked_up(Reuse(9, 8, 8, 0, "all"))
     stats.drafts_checked(3, 2)
     stats.ended("stop")
@@ -133,6 +144,11 @@ def test_what_an_engine_counts_adds_up():
     outputs = sum(len(s.tokens) - 1 for (name, _), s in said.items() if name in whole)
     assert stats.computed_tokens == sum(whole.values()) + outputs + 100, "100 of what was given up"
     assert stats.steps == len(steps) == sum(stats.steps_by_seconds) and stats.step_seconds > 0
+    of_steps = [sum(count for _, count in spans) for spans in steps]
+    assert stats.steps_by_tokens == tuple(
+        sum(low < n <= high for n in of_steps) for low, high in pairwise((0, *TOKEN_BUCKETS, 1 << 60))
+    )
+    assert all(0 < r.waited_s < 60 for r in firsts)
     assert (stats.running, stats.waiting, stats.sessions) == (0, 0, 0)
     assert stats.num_slots == stats.free_slots and stats.errors_by_type == {}
 

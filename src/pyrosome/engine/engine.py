@@ -194,9 +194,9 @@ class Engine:
         if spans:
             self._run(spans, events)
             ended = time.monotonic()
-            self.stats.step_done(ended - began)
+            num_tokens = sum(len(s.ids) for s in spans)
+            self.stats.step_done(ended - began, num_tokens)
             if self.trace:
-                num_tokens = sum(len(s.ids) for s in spans)
                 self.trace.span("step", began, ended, spans=len(spans), tokens=num_tokens, events=len(events))
         if self.options.log_every and self._step % self.options.log_every == 0:
             log.info("%s", self._log_line.take(self.current_stats()))
@@ -242,7 +242,8 @@ class Engine:
                 c.blocked_at = self._departures
                 break  # those behind it wait too, or a small one would always pass a large one
             if not c.is_admitted:
-                c.is_admitted, c.reuse, c.admitted = True, reuse, time.monotonic()
+                c.is_admitted, c.admitted = True, time.monotonic()
+                c.reuse = dataclasses.replace(reuse, waited_s=c.admitted - c.arrived)
                 self._looked_up(c)
 
     def _looked_up(self, c: Completion) -> None:

@@ -38,6 +38,7 @@ class Reuse:
     limit: str = ""  # "all", "no common prefix", "evicted", "no snapshot"
     stream: str = ""  # the cache stream that limited it
     reason: str = ""  # the same as a sentence with its numbers
+    waited_s: float = dataclasses.field(default=0.0, compare=False)  # from its arrival until that was looked up
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

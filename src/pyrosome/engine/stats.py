@@ -11,6 +11,7 @@ from typing import Any
 from pyrosome.engine.request import Reuse
 
 STEP_BUCKETS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)  # seconds; the last count is of longer ones
+TOKEN_BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)  # of a step; the last is of more
 
 
 @dataclasses.dataclass
@@ -56,13 +57,14 @@ class Stats:
     steps: int = 0
     step_seconds: float = 0.0
     steps_by_seconds: tuple[int, ...] = (0,) * (len(STEP_BUCKETS) + 1)
+    steps_by_tokens: tuple[int, ...] = (0,) * (len(TOKEN_BUCKETS) + 1)
 
-    def step_done(self, seconds: float) -> None:
+    def step_done(self, seconds: float, num_tokens: int) -> None:
         """Count a step."""
         self.steps += 1
         self.step_seconds += seconds
-        bucket = bisect.bisect_left(STEP_BUCKETS, seconds)
-        self.steps_by_seconds = tuple(n + (i == bucket) for i, n in enumerate(self.steps_by_seconds))
+        self.steps_by_seconds = _one_more_in(self.steps_by_seconds, bisect.bisect_left(STEP_BUCKETS, seconds))
+        self.steps_by_tokens = _one_more_in(self.steps_by_tokens, bisect.bisect_left(TOKEN_BUCKETS, num_tokens))
 
     def looked_up(self, reuse: Reuse) -> None:
         """Count what a request found in the prefix tree."""
@@ -117,6 +119,10 @@ class LogLine:
 
 def _one_more(counts: dict[str, int], key: str) -> dict[str, int]:
     return {**counts, key: counts.get(key, 0) + 1}
+
+
+def _one_more_in(counts: tuple[int, ...], bucket: int) -> tuple[int, ...]:
+    return tuple(n + (i == bucket) for i, n in enumerate(counts))
 
 
 def _padded(values: tuple[int, ...], length: int) -> tuple[int, ...]:
