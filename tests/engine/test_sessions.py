@@ -60,6 +60,17 @@ def test_turns_go_on_from_one_another_and_compute_what_is_new():
     assert is_empty(engine)
 
 
+def test_a_turn_tells_how_much_of_its_session_was_computed_already():
+    engine = engine_of()
+    session = opened(engine)
+    first, second = says(engine, session), says(engine, session, IDS[400:407])
+    assert first.end.reuse.reused_tokens == 0 and first.end.reuse.prompt_tokens == 300
+    reuse = second.end.reuse  # the last id of an answer is left to be computed
+    assert (reuse.prompt_tokens, reuse.reused_tokens, reuse.limit) == (313, 305, "all")
+    assert "305 of 313 tokens" in reuse.reason
+    assert 0 < second.end.timeline.admitted == second.end.timeline.arrived
+
+
 OPERATIONS: dict[str, dict] = {
     "session_ids": {}, "session_notes": {}, "session_fork": {}, "session_extend": {"ids": [1]},
     "session_rewind": {"num_tokens": 1}, "session_save": {"path": "x"}, "session_close": {},

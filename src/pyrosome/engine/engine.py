@@ -28,7 +28,7 @@ from pyrosome.engine import sessions
 from pyrosome.engine.constrain import Grammars, Guide
 from pyrosome.engine.decoding import Decoding
 from pyrosome.engine.drafting import Drafter, drafter_for
-from pyrosome.engine.request import Ended, Event, Request
+from pyrosome.engine.request import Ended, Event, Request, Reuse
 from pyrosome.engine.residency import Residency
 from pyrosome.engine.runner import Forward, Runner, check_ids
 from pyrosome.engine.sampler import SamplerState
@@ -136,7 +136,11 @@ class Engine:
             request.constraint, request.think_end, request.params, prompt, request.never_empty or None
         )
         track = session.begin(request) if session else self.home.new_track(list(request.ids), request.salt)
-        self.completions.append(self._completion(request, 0, track, guide))
+        c = self._completion(request, 0, track, guide)
+        if track.sequence is not None:  # a session that was not set aside: there is nothing to look up
+            known, reason = track.length, f"the session holds {track.length} of {len(track.ids)} tokens computed"
+            c.is_admitted, c.admitted, c.reuse = True, c.arrived, Reuse(len(track.ids), known, known, 0, "all", "", reason)
+        self.completions.append(c)
         self.stats.requests += 1
 
     def _completion(
