@@ -56,10 +56,11 @@ class ChatReader:
 
     Attributes:
         ids: the tokens read, as the model wrote them, without the end token.
+        reads_calls: whether tool calls are looked for; where they are not, their markup is text like any other.
     """
 
     def __init__(self, chat: Chat, prompt: Prompt, end_token: int) -> None:
-        self._parser = chat.parser(prompt)
+        self._parser, self.reads_calls = chat.parser(prompt), prompt.parse_tools
         self._end_token, self._num_prompt = end_token, len(prompt.ids)
         self._skipped = {chat.tokenizer.id_of("</think>")}
         self._unsaid: list[TokenLog] = []  # tokens whose text is held back

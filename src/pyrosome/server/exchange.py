@@ -7,6 +7,7 @@ a step, its place and its ticket are given back, and exactly one line is written
 from __future__ import annotations
 
 import asyncio
+import collections
 import dataclasses
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -64,6 +65,7 @@ class Outcome:
     dones: list[Done | None]
     status: str = ""
     error: PyrosomeError | None = None
+    progress: Progress | None = None  # with its prompt, where it was told last
     reuse: Reuse = dataclasses.field(default_factory=Reuse)
     timelines: list[Timeline] = dataclasses.field(default_factory=list)
     logs: list[list[tuple[str, TokenLog]]] = dataclasses.field(default_factory=list)  # ("content"|"reasoning", token)
@@ -115,7 +117,7 @@ class Exchange:
         self._ticket: Ticket | None = None
         self._running: Any = None
         self._task: asyncio.Task[Any] | None = None
-        self._progress: Progress | None = None
+        self._last_token: dict[int, float] = {}  # when each completion's came, of time.monotonic
         self._started = time.time()
         self._is_inside = self._is_settled = self.is_shutting_down = False
         self.write_s = service.options.write_s
@@ -171,7 +173,7 @@ class Exchange:
                 began = time.monotonic()
                 yield said
             elif time.monotonic() - began >= options.keep_alive_s and self._left:
-                yield StillHere(self._progress, time.monotonic() - self.outcome.arrived)
+                yield StillHere(self.outcome.progress, time.monotonic() - self.outcome.arrived)
                 began = time.monotonic()
         self._stream.close()  # a stop string, or complete calls, may have come before the engine's end
         done = [Said(i, self._done(i)) for i in range(len(self.asked.readers))]
@@ -211,10 +213,11 @@ class Exchange:
         return max(0.0, min(keep_alive_s, self.outcome.arrived + deadline - time.monotonic()))
 
     def _read(self, events: Sequence[Any]) -> list[Said]:
+        self._note_arrivals(events)
         said: list[Said] = []
         for event in events:
             if isinstance(event, Progress):
-                self._progress = event
+                self.outcome.progress = event
             elif isinstance(event, PromptLogprobs):
                 self.outcome.prompt_logprobs += event.logprobs
             elif isinstance(event, TokenEvent):
@@ -222,6 +225,17 @@ class Exchange:
             elif isinstance(event, Ended):
                 said += self._ended(event)
         return said
+
+    def _note_arrivals(self, events: Sequence[Any]) -> None:
+        now = time.monotonic()
+        for index, num in collections.Counter(e.index for e in events if isinstance(e, TokenEvent)).items():
+            before = self._last_token.get(index)
+            self._last_token[index] = now
+            if before is None:  # nobody waited for the first by what came before it
+                num, before = num - 1, now
+            if num:
+                for watcher in self._service.watchers:
+                    watcher.waited(num, now - before)
 
     def _token(self, event: TokenEvent) -> list[Said]:
         if self.outcome.first_token is None:

@@ -53,6 +53,9 @@ class Watcher(Protocol):
     def taken(self, exchange: Exchange) -> None:
         """A request was admitted."""
 
+    def waited(self, num_tokens: int, seconds: float) -> None:
+        """So many tokens of one completion came together, so long after those before them."""
+
     def ended(self, outcome: Outcome) -> None:
         """It has ended, whatever became of it."""
 
@@ -98,6 +101,7 @@ class Service:
         self.state, self.reason = LOADING, ""
         self.exchanges: dict[str, Exchange] = {}  # those that run
         self.closers: list[Callable[[], object]] = []  # of what else is open, called at the end
+        self.driver: Driver | None = None  # of the engine, once it is there
         self._make_driver = make_driver
         self._engine: AsyncEngine | None = None
         self._numbers = itertools.count()
@@ -115,7 +119,7 @@ class Service:
                 self.card, context_tokens=about["max_context"], fingerprint=about["fingerprint"]
             )
             self.chat.context_tokens = about["max_context"]
-            self._engine = engine
+            self._engine, self.driver = engine, driver
             self.state = READY if self.state == LOADING else self.state
         except PyrosomeError as error:
             self.state, self.reason = FAILED, str(error)
