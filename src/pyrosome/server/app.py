@@ -13,11 +13,16 @@ from starlette.responses import JSONResponse, Response
 
 from pyrosome import __version__
 from pyrosome.errors import PyrosomeError
-from pyrosome.server import openai_chat
+from pyrosome.server import models, openai_chat
 from pyrosome.server.problems import Problem, Refused, problem_of, shape_of
 from pyrosome.server.service import READY, Service
 
 log = logging.getLogger(__name__)
+
+ROUTERS = (
+    openai_chat.router,
+    models.router,
+)
 
 
 def make_app(service: Service) -> FastAPI:
@@ -35,7 +40,8 @@ def make_app(service: Service) -> FastAPI:
 
     app = FastAPI(title="pyrosome", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.service = service
-    app.include_router(openai_chat.router())
+    for router in ROUTERS:
+        app.include_router(router())
     app.add_api_route("/health", _health, methods=["GET"], tags=["server"], summary="Ready to answer?")
     app.add_exception_handler(PyrosomeError, _problem)
     app.add_exception_handler(HTTPException, _http)

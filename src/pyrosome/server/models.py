@@ -1,0 +1,168 @@
+"""What is served, and its tokenizer: `/v1/models`, `/tokenize`, `/detokenize`, `/plan`."""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import JSONResponse, Response
+
+from pyrosome.cache.streams import cache_tokens_in, plan_cache
+from pyrosome.config import ModelConfig
+from pyrosome.server.caller import GENERATE
+from pyrosome.server.openapi import described
+from pyrosome.server.problems import Refused
+from pyrosome.server.routes import body_of, caller_of, must_be_bool, paths, service_of
+from pyrosome.server.service import Service
+
+MODES = ("off", "low", "high", "max")
+PLANNED_CONTEXTS = (8_192, 131_072, 1_048_576)
+
+_TOKENIZE = {
+    "type": "object",
+    "properties": {
+        "prompt": {"type": "string", "description": "Text to encode; `text` is the same."},
+        "text": {"type": "string"},
+        "messages": {
+            "type": "array",
+            "items": {"type": "object"},
+            "description": "Instead of text: a conversation, with any field of a chat completion.",
+        },
+        "add_special_tokens": {
+            "type": "boolean",
+            "description": "Whether the text gets the beginning-of-sentence token, as a completion's prompt does.",
+        },
+        "parse_special": {
+            "type": "boolean",
+            "description": "Whether control tokens spelled out in the text count as such. Nowhere else do they.",
+        },
+        "return_token_strs": {"type": "boolean"},
+    },
+}  # fmt: skip
+_DETOKENIZE = {
+    "type": "object",
+    "properties": {"tokens": {"type": "array", "items": {"type": "integer"}}},
+    "required": ["tokens"],
+}
+_PUBLIC = (401, 403, 404, 500, 503)
+
+
+def router() -> APIRouter:
+    """The routes about the model itself."""
+    routes = APIRouter(tags=["model"])
+    gets = {"/models": _list, "/models/{model:path}": _one}
+    for suffix, route in gets.items():
+        for n, path in enumerate([*paths(suffix), "/anthropic/v1" + suffix]):
+            described_as = described({}, statuses=_PUBLIC)
+            routes.add_api_route(path, route, methods=["GET"], include_in_schema=n == 0, **described_as)
+    for suffix, post, schema in (("/tokenize", _tokenize, _TOKENIZE), ("/detokenize", _detokenize, _DETOKENIZE)):
+        for n, path in enumerate((suffix, "/v1" + suffix)):
+            routes.add_api_route(path, post, methods=["POST"], include_in_schema=n == 0, **described(schema))
+    routes.add_api_route("/plan", _plan, methods=["GET"], **described({}, statuses=_PUBLIC))
+    return routes
+
+
+async def _list(request: Request) -> Response:
+    """The model, under each of its names, in a shape that OpenAI's and Anthropic's clients both read."""
+    await caller_of(request, GENERATE)
+    service = service_of(request)
+    data = [_model(service, name) for name in service.card.names]
+    ends = {"first_id": data[0]["id"], "last_id": data[-1]["id"], "has_more": False}
+    return JSONResponse({"object": "list", "data": data, **ends})
+
+
+async def _one(request: Request) -> Response:
+    """The model by its name."""
+    await caller_of(request, GENERATE)
+    service, name = service_of(request), request.path_params["model"]
+    if name not in service.card.names:
+        known = ", ".join(service.card.names)
+        raise Refused(404, f"there is no model {name!r} here; there is {known}", code="model_not_found")
+    return JSONResponse(_model(service, name))
+
+
+def _model(service: Service, name: str) -> dict[str, Any]:
+    card = service.card
+    created = datetime.datetime.fromtimestamp(card.created, datetime.UTC)
+    return {
+        "id": name,
+        "object": "model",
+        "created": card.created,
+        "owned_by": "pyrosome",
+        "root": card.name,
+        "parent": None,
+        "max_model_len": card.context_tokens,
+        "context_window": card.context_tokens,
+        "default_mode": card.mode,
+        "modes": list(MODES),
+        "dialect": card.dialect,
+        "fingerprint": card.fingerprint,
+        "type": "model",
+        "display_name": name,
+        "created_at": created.isoformat().replace("+00:00", "Z"),
+    }
+
+
+async def _tokenize(request: Request) -> Response:
+    """The ids of a text, or of a conversation's prompt."""
+    await caller_of(request, GENERATE)
+    service, body = service_of(request), await body_of(request)
+    tokenizer = service.chat.tokenizer
+    if "messages" in body:
+        ids = list((await service.render(body, "chat_completions")).ids)
+    else:
+        text = body.get("prompt", body.get("text"))
+        if not isinstance(text, str):
+            raise Refused(400, "a `prompt` (text) or `messages` was expected, and neither was sent")
+        special = must_be_bool(body, "parse_special")
+        ids = await asyncio.to_thread(tokenizer.encode, text, allow_special=special)
+        if must_be_bool(body, "add_special_tokens"):
+            ids = [service.card.begin_token, *ids]
+    answer = {"count": len(ids), "max_model_len": service.card.context_tokens, "tokens": ids}
+    if must_be_bool(body, "return_token_strs"):
+        answer["token_strs"] = [tokenizer.decode([i]) for i in ids]
+    return JSONResponse(answer)
+
+
+async def _detokenize(request: Request) -> Response:
+    """The text of ids, control tokens spelled out."""
+    await caller_of(request, GENERATE)
+    service, body = service_of(request), await body_of(request)
+    ids = body.get("tokens")
+    if not isinstance(ids, list) or any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
+        raise Refused(400, "`tokens` is a list of ids; none was sent")
+    wrong = next((i for i in ids if not 0 <= i < service.card.vocab_size), None)
+    if wrong is not None:
+        raise Refused(400, f"tokens holds {wrong}; this model's ids are 0 to {service.card.vocab_size - 1}")
+    return JSONResponse({"prompt": await asyncio.to_thread(service.chat.tokenizer.decode, ids)})
+
+
+async def _plan(request: Request) -> Response:
+    """What the cache takes: bytes by token and by sequence, and how much of it this server has."""
+    await caller_of(request, GENERATE)
+    service = service_of(request)
+    about = await service.engine.call("about")
+    config, kv_format, options = service.config, about["kv_format"], service.engine_options
+    tokens = cache_tokens_in(config, kv_format, options.cache_bytes, options.max_sequences)
+    plan = plan_cache(
+        config, kv_format, options.max_sequences, about["max_context"], options.max_drafts, cache_tokens=tokens
+    )
+    return JSONResponse(
+        {
+            "model": service.card.name,
+            "kv_format": kv_format,
+            "kv_bytes_per_token": plan.bytes_per_token,
+            "state_bytes_per_sequence": plan.state_bytes,
+            "sequence_bytes": {str(n): plan.sequence_bytes(n) for n in _contexts(config, about["max_context"])},
+            "cache_bytes": options.cache_bytes,
+            "cache_tokens": tokens,
+            "max_sequences": options.max_sequences,
+            "max_context": about["max_context"],
+        }
+    )
+
+
+def _contexts(config: ModelConfig, most: int) -> list[int]:
+    return sorted({n for n in PLANNED_CONTEXTS if n <= config.max_position_embeddings} | {most})
