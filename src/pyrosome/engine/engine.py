@@ -138,8 +138,10 @@ class Engine:
         track = session.begin(request) if session else self.home.new_track(list(request.ids), request.salt)
         c = self._completion(request, 0, track, guide)
         if track.sequence is not None:  # a session that was not set aside: there is nothing to look up
-            known, reason = track.length, f"the session holds {track.length} of {len(track.ids)} tokens computed"
-            c.is_admitted, c.admitted, c.reuse = True, c.arrived, Reuse(len(track.ids), known, known, 0, "all", "", reason)
+            asked, known = len(track.ids), track.length
+            reason = f"the session holds {known} of {asked} tokens computed"
+            c.is_admitted, c.admitted = True, c.arrived
+            c.reuse = Reuse(asked, known, known, 0, "all", "", reason)
         self.completions.append(c)
         self.stats.requests += 1
 
