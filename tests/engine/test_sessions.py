@@ -109,6 +109,33 @@ def test_what_cannot_be_done_is_refused_and_changes_nothing():
     assert drain(engine)["busy", 0].answer == plain(IDS[:300])
 
 
+def test_sessions_are_listed_with_what_they_hold_and_what_they_do():
+    engine = engine_of(max_sequences=1)
+    assert engine.call("session_list") == {}
+    first, second = opened(engine, 300), opened(engine, 200, 1000)
+    says(engine, first)
+    engine.add(turn(second, "busy", IDS[:7]))
+    engine.step()
+    assert engine.call("session_list") == {
+        first: {"tokens": 306, "is_busy": False, "is_present": False},
+        second: {"tokens": 207, "is_busy": True, "is_present": True},
+    }
+    assert [engine.call("session_length", session=s) for s in (first, second)] == [306, 207]
+    drain(engine)
+    engine.call("session_close", session=first)
+    assert engine.call("session_list") == {second: {"tokens": 213, "is_busy": False, "is_present": True}}
+    with pytest.raises(RequestError, match=f"there is no session '{first}'"):
+        engine.call("session_length", session=first)
+
+
+def test_what_a_client_may_know_of_an_engine_is_told():
+    engine = engine_of(kv_format="bf16", max_sequences=3, max_context=700, cache_bytes=9 << 20)
+    assert engine.call("about") == {
+        "fingerprint": "", "max_context": 700, "max_sequences": 3, "drafter": "Drafter", "max_drafts": 0,
+        "cache_bytes": 9 << 20, "kv_format": "bf16", "numerics": "exact", "vocab_size": 160,
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("at", [0, 1, 2, 5])
 def test_what_was_said_until_an_abort_stays(at):
     engine = engine_of()

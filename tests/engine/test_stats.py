@@ -12,9 +12,10 @@ import pytest
 from pyrosome.engine.request import Reuse
 from pyrosome.engine.speculate import Depth
 from pyrosome.engine.stats import STEP_BUCKETS, TOKEN_BUCKETS, LogLine, Stats
+from pyrosome.testing.shapes import tiny
 from tests.engine.engines import drain, engine_of, run, watched
 from tests.engine.engines import request as asked
-from tests.networks import agreeing_network
+from tests.networks import agreeing_network, network
 
 
 @pytest.mark.parametrize("number", range(len(STEP_BUCKETS) + 1))
@@ -166,6 +167,50 @@ def test_gauges_tell_what_runs_and_waits():
     before = stats.as_dict()
     drain(engine)
     assert stats.as_dict() == before and engine.call("stats").ended_by_reason == {"length": 5}
+
+
+@pytest.mark.parametrize("kv_format", ["f32", "bf16", "fp8"])
+@pytest.mark.parametrize(("drafts", "drafter"), [(0, "off"), (3, "mtp")])
+def test_bytes_of_all_streams_add_up_to_the_plan_s(kv_format, drafts, drafter):
+    config = tiny((0, 4, 128, 4))
+    engine = engine_of(network(config), kv_format, drafter=drafter, max_drafts=drafts, max_sequences=3)
+    pool, plan = engine.runner.pool, engine.runner.pool.plan
+    nobodys = plan.table_bytes + plan.state_bytes + sum(plan.page_bytes.values())
+    everything = {name: total for name, (_, total) in engine.current_stats().pool_bytes.items()}
+    assert set(everything) == {"window_kv", "csa_kv", "index_k", "hca_kv", "tail", "draft"}
+    assert sum(everything.values()) == plan.total_bytes - nobodys == pool.allocated_bytes - nobodys
+    assert all(used == 0 for used, _ in engine.current_stats().pool_bytes.values())
+
+    holdings = [pool.open() for _ in range(plan.num_slots - 1)]
+    for holding in holdings:
+        pool.prepare(holding, 0, 0)
+    pages = [(r, pool.take(r)) for r, n in plan.num_pages.items() for _ in range(n - 1)]
+    assert engine.current_stats().pool_bytes == {name: (total, total) for name, total in everything.items()}
+    pool.drop(*next(p for p in pages if p[0] == 128))
+    pool.release(holdings.pop())
+    left = {name: total - used for name, (used, total) in engine.current_stats().pool_bytes.items()}
+    assert left["hca_kv"] == plan.page_bytes[128] and left["csa_kv"] == left["index_k"] == 0
+    assert left["window_kv"] + left["tail"] + left["draft"] == plan.state_bytes
+    pool.drop(*next(p for p in pages if p[0] == 4))
+    left = {name: total - used for name, (used, total) in engine.current_stats().pool_bytes.items()}
+    assert left["csa_kv"] + left["index_k"] == plan.page_bytes[4] and min(left.values()) > 0
+
+
+def test_what_nobody_runs_on_is_the_tree_s_page_by_page():
+    engine = engine_of(max_sequences=3, step_tokens=100)
+    run(engine, [asked("a", 700, 8), asked("b", 20, 5, 700, n=3), asked("c", 300, 1, 900)])
+    stats = engine.current_stats()
+    assert stats.free_slots == stats.num_slots and stats.tree_blocks == 5 + 2
+    assert {r: n - stats.free_pages[r] for r, n in stats.num_pages.items()} == stats.tree_pages
+    assert stats.tree_pages[4] == 3 + 1 and all(stats.pool_bytes[name][0] for name in ("csa_kv", "hca_kv", "index_k"))
+    engine.add(asked("running", 300, 9, 1500))
+    while engine.stats.output_tokens < 8 + 15 + 1 + 1:
+        engine.step()
+    stats = engine.current_stats()
+    assert stats.num_pages[4] - stats.free_pages[4] == stats.tree_pages[4] + 1, "the one of its last, unfinished block"
+    drain(engine)
+    engine.tree.forget()
+    assert engine.current_stats().tree_pages == {4: 0, 128: 0}
 
 
 @pytest.fixture(scope="module", params=["mtp", "lookup"])

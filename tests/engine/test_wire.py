@@ -50,7 +50,9 @@ NEWS = [
     PromptLogprobs("d", 1, [{7: -0.5, 3: -float("inf")}, {2: -1.25}]),
     PromptLogprobs("d", 3, []),
 ]
-STATS = Stats(requests=3, ended_by_reason={"stop": 2}, drafted=(4, 2), free_pages={128: 7}, step_seconds=0.1)
+STATS = Stats(
+    requests=3, ended_by_reason={"stop": 2}, drafted=(4, 2), free_pages={128: 7}, pool_bytes={"csa_kv": (5, 9)}
+)
 FRAMES = [
     wire.encode_add(7, WHOLE),
     *(wire.encode(m) for m in (wire.Start("a:b", {"x": 1}, True), wire.Call(3, "echo", {"x": [1]}), wire.Abort("é"))),

@@ -354,6 +354,24 @@ class CachePool:
         """The trunk's last residual streams by slot, [S, R, J D]: what the MTP stage starts from."""
         return self.planes[self.config.num_hidden_layers, "draft_hidden"][0]
 
+    def stream_bytes(self) -> dict[str, tuple[int, int]]:
+        """Bytes in use, and that there are, by kind of stream in all layers; what is nobody's and tables not counted.
+
+        Tails are one kind, and so are the streams of the draft stage.
+        """
+        slots = self.plan.num_slots - 1
+        found: dict[str, tuple[int, int]] = {}
+        for spec in (s for by_name in self.streams.values() for s in by_name.values()):
+            if spec.is_history:
+                each, total = spec.row_bytes * PAGE_ROWS, self.plan.num_pages[spec.per_tokens] - 1
+                free = self.num_free_pages(spec.per_tokens)
+            else:
+                each, total, free = spec.row_bytes * spec.ring_rows(self._num_drafts), slots, self.num_free_slots
+            kind = "tail" if spec.name.endswith("tail") else "draft" if spec.name.startswith("draft") else spec.name
+            used_bytes, total_bytes = found.get(kind, (0, 0))
+            found[kind] = used_bytes + each * (total - free), total_bytes + each * total
+        return found
+
     @property
     def allocated_bytes(self) -> int:
         """Bytes of every tensor of the pool, read from the tensors themselves."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Collection, Sequence
 
 import torch
@@ -67,6 +67,12 @@ class PrefixTree:
     def snapshot_bytes(self) -> int:
         """Bytes of all snapshots in memory."""
         return self._shelf.num_bytes
+
+    @property
+    def num_pages(self) -> dict[int, int]:
+        """Pages the tree holds, by tokens per row; others may hold them too."""
+        held = Counter(ratio for ratio, _ in self._held)
+        return {ratio: held[ratio] for ratio in self.pool.ratios}
 
     @property
     def num_snapshots(self) -> int:

@@ -219,6 +219,7 @@ class Engine:
         s.num_slots, s.free_slots = pool.plan.num_slots - 1, pool.num_free_slots
         s.num_pages = {r: n - 1 for r, n in pool.plan.num_pages.items()}
         s.free_pages = {r: pool.num_free_pages(r) for r in pool.ratios}
+        s.pool_bytes, s.tree_pages = pool.stream_bytes(), self.tree.num_pages
         s.tree_blocks, s.snapshot_bytes = self.tree.num_blocks, self.tree.snapshot_bytes
         counters = self.tree.counters
         s.evicted_blocks, s.spilled_blocks = counters.evicted_blocks, counters.spilled_blocks
@@ -453,9 +454,7 @@ class Engine:
         never_begun = range(1, c.request.params.n) if not (c.index or c.has_twins) else ()
         for index in (c.index, *never_begun):
             self.stats.ended(reason)
-            events.append(
-                Ended(c.request.id, index, reason, output_tokens, c.reuse, c.timeline(now), text, error_type)
-            )
+            events.append(Ended(c.request.id, index, reason, output_tokens, c.reuse, c.timeline(now), text, error_type))
 
     def _trace_request(self, c: Completion, reason: str, output_tokens: int) -> None:
         if self.trace:

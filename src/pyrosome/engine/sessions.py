@@ -52,11 +52,16 @@ def find(engine: Engine, session_id: str) -> Session:
     Raises:
         RequestError: there is none, or it is busy.
     """
+    session = _known(engine, session_id)
+    if session.is_busy:
+        raise SessionBusy(f"session {session_id} is generating; wait for its end, or fork it before")
+    return session
+
+
+def _known(engine: Engine, session_id: str) -> Session:
     session = engine.sessions.get(session_id)
     if session is None:
         raise UnknownSession(f"there is no session {session_id!r}; open one, or restore it from its file")
-    if session.is_busy:
-        raise SessionBusy(f"session {session_id} is generating; wait for its end, or fork it before")
     return session
 
 
@@ -92,6 +97,19 @@ def _extend(engine: Engine, session: str, ids: list[int] | tuple[int, ...]) -> i
 
 def _ids(engine: Engine, session: str) -> list[int]:
     return list(find(engine, session).track.ids)
+
+
+def _length(engine: Engine, session: str) -> int:
+    """Ids there are, those of a request that runs included."""
+    return len(_known(engine, session).track.ids)
+
+
+def _list(engine: Engine) -> dict[str, dict[str, Any]]:
+    """Every session: its tokens, whether a request is generating in it, and whether it is in the cache now."""
+    return {
+        name: {"tokens": len(s.track.ids), "is_busy": s.is_busy, "is_present": s.track.sequence is not None}
+        for name, s in engine.sessions.items()
+    }
 
 
 def _fork(engine: Engine, session: str) -> str:
@@ -161,6 +179,11 @@ def _about(engine: Engine) -> dict[str, Any]:
         "max_context": engine.max_context,
         "max_sequences": engine.options.max_sequences,
         "drafter": type(engine.drafter).__name__,
+        "max_drafts": engine.drafter.max_drafts,
+        "cache_bytes": engine.options.cache_bytes,
+        "kv_format": engine.runner.pool.kv_format,
+        "numerics": engine.runner.model.numerics.name,
+        "vocab_size": engine.config.vocab_size,
     }
 
 
@@ -168,6 +191,8 @@ _OPERATIONS: dict[str, Callable[..., Any]] = {
     "session_open": _open,
     "session_extend": _extend,
     "session_ids": _ids,
+    "session_length": _length,
+    "session_list": _list,
     "session_fork": _fork,
     "session_rewind": _rewind,
     "session_save": _save,

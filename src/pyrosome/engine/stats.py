@@ -46,6 +46,8 @@ class Stats:
     num_slots: int = 0
     free_pages: dict[int, int] = dataclasses.field(default_factory=dict)  # by tokens per row
     num_pages: dict[int, int] = dataclasses.field(default_factory=dict)
+    pool_bytes: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)  # (in use, all), by kind of stream
+    tree_pages: dict[int, int] = dataclasses.field(default_factory=dict)  # held by the prefix tree, by tokens per row
     tree_blocks: int = 0
     snapshot_bytes: int = 0
     evicted_blocks: int = 0
