@@ -7,7 +7,10 @@ from collections.abc import Iterable
 from typing import Any, Protocol
 
 from pyrosome.chat import Chat, Message, Tokenizer
+from pyrosome.chat.attribution import Attribution
+from pyrosome.chat.chat import DSML
 from pyrosome.chat.events import ContentDelta, Done, Event, ReasoningDelta, Usage
+from pyrosome.chat.parser import THINK_END
 from pyrosome.chat.prompt import Prompt
 from pyrosome.engine.request import Request, TokenEvent
 from pyrosome.options import SamplingParams
@@ -62,8 +65,8 @@ class ChatReader:
     def __init__(self, chat: Chat, prompt: Prompt, end_token: int) -> None:
         self._parser, self.reads_calls = chat.parser(prompt), prompt.parse_tools
         self._end_token, self._num_prompt = end_token, len(prompt.ids)
-        self._skipped = {chat.tokenizer.id_of("</think>")}
-        self._unsaid: list[TokenLog] = []  # tokens whose text is held back
+        marks = [chat.tokenizer.id_of(t) for t in (DSML, THINK_END)]
+        self._attribution: Attribution[TokenLog] = Attribution(chat.tokenizer, marks)
         self.ids: list[int] = []
         self.cached_tokens = 0
 
@@ -80,8 +83,8 @@ class ChatReader:
             return []  # the client's own end tokens are no part of the answer
         if not event.is_end_token:
             self.ids.append(event.token)
-            if event.logprobs and event.token not in self._skipped:
-                self._unsaid.append(TokenLog(event.token, event.logprobs))
+            if event.logprobs:
+                self._attribution.add(event.token, TokenLog(event.token, event.logprobs))
         return self._said(self._parser.feed([event.token]))
 
     def end(self, reason: str) -> list[tuple[Event, list[TokenLog]]]:
@@ -96,21 +99,23 @@ class ChatReader:
         return Done(message, usage)
 
     def _said(self, events: list[Event]) -> list[tuple[Event, list[TokenLog]]]:
-        said: list[tuple[Event, list[TokenLog]]] = []
-        for event in events:
-            is_text = isinstance(event, ReasoningDelta | ContentDelta)
-            tokens, self._unsaid = self._unsaid, []
-            said.append((event, tokens if is_text else []))  # the markup of a call is nobody's text
-        return said
+        # The markup of a call is nobody's text.
+        return [
+            (e, self._attribution.take(e.text) if isinstance(e, ReasoningDelta | ContentDelta) else []) for e in events
+        ]
 
 
 class TextReader:
-    """Plain text, cut before the first stop string."""
+    """Plain text, cut before the first stop string.
+
+    Where log probabilities came, the end token's come last, with no text: it was chosen as every other token was.
+    """
 
     def __init__(self, tokenizer: Tokenizer, params: SamplingParams, num_prompt: int) -> None:
         self._text, self._num_prompt = GrowingText(tokenizer, params), num_prompt
         self._num_tokens, self._reason, self.cached_tokens = 0, "stop", 0
-        self._unsaid: list[TokenLog] = []
+        self._attribution: Attribution[TokenLog] = Attribution(tokenizer)
+        self._end_log: list[TokenLog] = []
         self.ids: list[int] = []
 
     @property
@@ -128,7 +133,9 @@ class TextReader:
         if not event.is_end_token:
             self.ids.append(event.token)
             if event.logprobs:
-                self._unsaid.append(TokenLog(event.token, event.logprobs))
+                self._attribution.add(event.token, TokenLog(event.token, event.logprobs))
+        elif event.logprobs:
+            self._end_log = [TokenLog(event.token, event.logprobs)]
         self._text.feed(event)
         return self._said()
 
@@ -137,7 +144,10 @@ class TextReader:
         if not self.is_over:
             self._reason = reason
             self._text.finish()
-        return self._said()
+        said = self._said()
+        last = [] if self._text.is_cut else [*self._attribution.rest(), *self._end_log]
+        self._end_log = []
+        return [*said, *([(ContentDelta(""), last)] if last else [])]
 
     def done(self) -> Done:
         """The whole text and its usage."""
@@ -148,8 +158,7 @@ class TextReader:
 
     def _said(self) -> list[tuple[Event, list[TokenLog]]]:
         text = self._text.take()
-        tokens, self._unsaid = (self._unsaid, []) if text or self.is_over else ([], self._unsaid)
-        return [(ContentDelta(text), tokens)] if text or tokens else []
+        return [(ContentDelta(text), self._attribution.take(text))] if text else []
 
 
 def events_of(said: Iterable[tuple[Event, list[TokenLog]]]) -> list[Event]:
