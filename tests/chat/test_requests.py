@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pyrosome.chat import Chat, InvalidRequest
-from pyrosome.errors import CheckpointError, RequestError
+from pyrosome.errors import CheckpointError, ContextTooLong, RequestError
 from tests.chat.cases import NANO, OFFICIAL, TOOLS, chat, tokenizer
 
 ASK = {"role": "user", "content": "q"}
@@ -156,8 +156,10 @@ def test_a_prompt_longer_than_the_context_is_refused(tmp_path):
     body = {"messages": [{"role": "user", "content": "hello"}], "thinking": {"type": "disabled"}}
     assert small.render(body).max_tokens == 64 - len(small.render(body).ids)
     for too_much in ({**body, "max_tokens": 64}, {**body, "messages": [{"role": "user", "content": "a b " * 99}]}):
-        with pytest.raises(InvalidRequest):
+        with pytest.raises(ContextTooLong, match="the context holds 64"):
             small.render(too_much)
+        with pytest.raises(InvalidRequest, match="maximum context length is 64"):
+            Chat(tmp_path, tokenizer=tokenizer(), compat="deepseek").render(too_much)
 
 
 def test_chat_needs_no_torch_and_loads_the_renderer_when_first_used():

@@ -16,7 +16,7 @@ from pyrosome.chat.parser import END, THINK_END, Parser
 from pyrosome.chat.prompt import Constraint, Prompt, Sampling, Tool
 from pyrosome.chat.request import InvalidRequest, Wishes, official
 from pyrosome.chat.tokenizer import Tokenizer
-from pyrosome.errors import CheckpointError, RequestError
+from pyrosome.errors import CheckpointError, ContextTooLong, RequestError
 
 THINK, ASSISTANT, DSML, BEGIN = "<think>", "<｜Assistant｜>", "｜DSML｜", "<｜begin▁of▁sentence｜>"
 _NEEDED = (BEGIN, END, "<｜User｜>", ASSISTANT, THINK, THINK_END, DSML)
@@ -69,6 +69,7 @@ class Chat:
 
         Raises:
             InvalidRequest: as the official API answers 400, with its body.
+            ContextTooLong: prompt and answer do not fit (in the official manner this too is an InvalidRequest).
             RequestError: a sampling field outside its range.
         """
         if protocol not in _PROTOCOLS:
@@ -78,7 +79,11 @@ class Chat:
         wishes = Wishes()
         if self.compat is None:
             body, wishes = official(body, protocol, thinks_by_default=self.default_thinking)
-        return self._render(_Request(_clean(body), protocol, self.default_thinking, wishes), wishes)
+        try:
+            body = _clean(body)
+        except RecursionError:
+            raise InvalidRequest("the request is nested too deep; 128 levels are read") from None
+        return self._render(_Request(body, protocol, self.default_thinking, wishes), wishes)
 
     def conversation(
         self,
@@ -127,7 +132,7 @@ class Chat:
             ids=tuple(ids),
             sampling=request.sampling(wishes),
             constraint=request.constraint(wishes, after_reasoning=start == "reasoning"),
-            max_tokens=request.max_tokens(len(ids), self.context_tokens),
+            max_tokens=request.max_tokens(len(ids), self.context_tokens, None if self.compat else wishes),
             stop=tuple(parsing.stop_sequences),
             thinking=thinking,
             effort=request.effort if thinking else None,
@@ -182,7 +187,8 @@ class _Request:
             self._converted = converted(body)
         conversation = self._converted.conversation
         self.thinking: bool = conversation.thinking_mode
-        self.effort: str | None = conversation.reasoning_effort
+        effort: str | None = conversation.reasoning_effort
+        self.effort = "high" if effort == "xhigh" else effort
         self.parsing = self._converted.parsing_options
         self.stream: bool = self._converted.stream
         # A named tool is shown alone, as the official API does outside thinking.
@@ -195,6 +201,8 @@ class _Request:
         messages, tools, choice = list(old.messages), self._tools, old.tool_choice
         if wishes.forced_tools and not self.thinking:
             choice = "required"
+        if not messages:
+            raise InvalidRequest("the request holds no message to answer; send one")
         last = messages[-1]
         if wishes.continue_final and last.tool_calls:
             raise InvalidRequest("a turn that made tool calls is complete and cannot be continued")
@@ -272,7 +280,14 @@ class _Request:
         schema = old.response_schema if old.response_format == "json_schema" else wishes.json_schema
         return None if schema is None else json.dumps(schema, ensure_ascii=False, separators=(",", ":"))
 
-    def max_tokens(self, num_prompt: int, context: int) -> int:
+    def max_tokens(self, num_prompt: int, context: int, wishes: Wishes | None) -> int:
+        room, asked = context - num_prompt, self._converted.inference_options.max_tokens or 0
+        if wishes and room < max(1, asked):
+            if room > 0 and wishes.lower_max_tokens:
+                return room
+            raise ContextTooLong(
+                num_prompt + asked, context, f"the prompt has {num_prompt}; shorten it, or ask for less"
+            )
         try:
             return int(self._converted.resolve_max_tokens(num_prompt, context))
         except self._recipe.ConversionError as error:

@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+from pyrosome.chat.carried import carried
 from pyrosome.errors import RequestError
 
 Body = dict[str, Any]
@@ -42,6 +43,7 @@ class Wishes:
     keep_reasoning: bool = False
     json_object: bool = False
     json_schema: Any = None
+    lower_max_tokens: bool = False  # to what the context has room for, instead of refusing
 
 
 def official(body: Body, protocol: str, *, thinks_by_default: bool) -> tuple[Body, Wishes]:
@@ -95,7 +97,7 @@ def _chat(body: Body, wishes: Wishes) -> None:
     messages = _with_ids([_chat_message(m) for m in messages])
     body["messages"] = _paired(
         messages,
-        lambda m: [c.get("id") for c in m.get("tool_calls") or [] if isinstance(c, dict)],
+        lambda m: [c.get("id") for c in _list(m.get("tool_calls")) if isinstance(c, dict)],
         lambda m: m.get("tool_call_id") if m.get("role") == "tool" else None,
         one_turn_each=True,
     )
@@ -157,7 +159,16 @@ def _as_text(arguments: Any) -> Any:
 
 def _responses(body: Body, wishes: Wishes) -> None:
     wishes.parallel = body.get("parallel_tool_calls") is not False
+    reasoning = body.get("reasoning", {})
+    if _is_off(body.get("thinking")) and isinstance(reasoning, dict) and reasoning.get("effort") is None:
+        body["reasoning"] = {**reasoning, "effort": "none"}
+    if isinstance(body.get("tools"), list):
+        body["tools"] = [_response_tool(t) for t in body["tools"]]
     choice = body.get("tool_choice")
+    if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
+        allowed = [t.get("name") for t in _list(choice.get("tools")) if isinstance(t, dict)]
+        body["tools"] = [t for t in _list(body.get("tools")) if isinstance(t, dict) and t.get("name") in allowed]
+        body["tool_choice"] = choice = choice.get("mode", "auto")
     if choice == "required":
         wishes.forced_tools = True
     elif isinstance(choice, dict) and isinstance(choice.get("name"), str):
@@ -178,12 +189,27 @@ def _responses(body: Body, wishes: Wishes) -> None:
     )
 
 
+def _response_tool(tool: Any) -> Any:
+    """A tool of free text as a function of one text; the official API knows `apply_patch` alone."""
+    if not isinstance(tool, dict) or tool.get("type") != "custom" or tool.get("name") == "apply_patch":
+        return tool
+    parts = [tool["description"]] if isinstance(tool.get("description"), str) else []
+    form = tool.get("format")
+    if isinstance(form, dict) and isinstance(form.get("definition"), str):
+        parts.append(f"The input follows this {form.get('syntax', '')} grammar:\n{form['definition']}")
+    schema = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"],
+              "additionalProperties": False}  # fmt: skip
+    return {
+        "type": "function", "name": tool.get("name"), "description": "\n\n".join(parts), "parameters": schema,
+    }  # fmt: skip
+
+
 def _response_item(item: Body) -> Body:
     if item.get("type") == "function_call":
         return {**item, "arguments": _as_text(item.get("arguments"))}
     if item.get("type") == "reasoning" and not item.get("content"):
-        texts = [s.get("text") for s in item.get("summary") or [] if isinstance(s, dict)]
-        text = "\n\n".join(t for t in texts if isinstance(t, str))
+        texts = [s.get("text") for s in _list(item.get("summary")) if isinstance(s, dict)]
+        text = carried(item.get("encrypted_content")) or "\n\n".join(t for t in texts if isinstance(t, str))
         return {**item, "summary": [], "content": [{"type": "reasoning_text", "text": text}]} if text else item
     return item
 
@@ -200,24 +226,55 @@ def _messages(body: Body, wishes: Wishes) -> None:
     form = output.get("format") if isinstance(output, dict) else None
     if isinstance(form, dict) and form.get("type") == "json_schema":
         wishes.json_schema = form.get("schema")
+    if isinstance(body.get("tools"), list):  # "custom" is the name of a client's own tools, as of those without a type
+        body["tools"] = [
+            {k: v for k, v in t.items() if k != "type"} if isinstance(t, dict) and t.get("type") == "custom" else t
+            for t in body["tools"]
+        ]
+    wishes.lower_max_tokens = True
     messages = body.get("messages")
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
         return
-    body["messages"] = messages = [_without_redacted(m) for m in messages]
+    messages = [_message(m) for m in messages]
+    body["messages"] = messages = [m for m in messages if m is not None]
     wishes.continue_final = bool(messages) and messages[-1].get("role") == "assistant"
 
 
-def _without_redacted(message: Body) -> Body:
+def _message(message: Body) -> Body | None:
+    """A message with blocks as the official API knows them; None where it held only what is left out."""
     content = message.get("content")
     if not isinstance(content, list):
         return message
-    kept = [b for b in content if not (isinstance(b, dict) and b.get("type") == "redacted_thinking")]
-    return {**message, "content": kept}
+    kept = [_block(b) for b in content if not (isinstance(b, dict) and _is_left_out(str(b.get("type"))))]
+    return {**message, "content": kept} if kept or not content else None
+
+
+def _is_left_out(kind: str) -> bool:
+    """Thoughts that nobody here can read, and what another provider's own tools did in an earlier turn."""
+    return kind in ("redacted_thinking", "server_tool_use") or (kind.endswith("_tool_result") and kind != "tool_result")
+
+
+def _block(block: Any) -> Any:
+    if not isinstance(block, dict):
+        return block
+    if block.get("type") == "thinking" and not block.get("thinking"):
+        return {**block, "thinking": carried(block.get("signature"))}
+    if block.get("type") == "tool_use" and block.get("input") is None:
+        return {**block, "input": {}}
+    return block
 
 
 _PROTOCOLS: dict[str, Callable[[Body, Wishes], None]] = {
     "chat_completions": _chat, "responses": _responses, "messages": _messages,
 }  # fmt: skip
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _is_off(thinking: Any) -> bool:
+    return thinking is False or (isinstance(thinking, dict) and thinking.get("type") == "disabled")
 
 
 def _modes(body: Body, protocol: str, thinks_by_default: bool) -> None:
