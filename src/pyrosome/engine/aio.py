@@ -236,6 +236,7 @@ class EngineProcess(Driver):
         self._max_restarts, self._window_s = max_restarts, window_s
         self.pid = 0
         self.num_restarts = 0
+        self.is_up = False
         self._waker, self._woken = socket.socketpair()
         self._waker.setblocking(False)
         self._woken.setblocking(False)
@@ -319,6 +320,7 @@ class EngineProcess(Driver):
                     child.send(wire.encode(wire.Close()))
                     child.wait(CLOSE_S if child.is_ready else 0)
                     return CLOSED
+                self.is_up = False
                 how = child.wait(LOOK_MS / 1000)
             now = time.monotonic()
             died.append(now)
@@ -374,6 +376,7 @@ class EngineProcess(Driver):
         elif isinstance(report, wire.Failed):
             settle(self._answered(report.number).done, error=wire.error_of(report.failure))
         elif isinstance(report, wire.Ready):
+            self.is_up = True
             if not self._ready.done():
                 self._ready.set_result(None)
         elif isinstance(report, wire.Broken):
@@ -386,6 +389,7 @@ class EngineProcess(Driver):
         return self._asked.pop(number)
 
     def _give_up(self, reason: str) -> None:
+        self.is_up, self.over = False, reason
         self._mailbox.close(reason)
         self._fail_all(reason)
         if not self._ready.done():

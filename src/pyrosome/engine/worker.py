@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any, Protocol
 
-from pyrosome.engine.request import Ended, Event, News, Request
+from pyrosome.engine.request import Ended, Event, News, PromptLogprobs, Request
 from pyrosome.errors import EngineError
 
 log = logging.getLogger(__name__)
@@ -30,8 +30,11 @@ running: weakref.WeakSet[Driver] = weakref.WeakSet()
 
 
 @atexit.register
-def _close_all() -> None:
-    """A step must not be cut off by an interpreter that takes its libraries down."""
+def close_all() -> None:
+    """Close every driver of this process, those included that are being made.
+
+    A step must not be cut off by an interpreter that takes its libraries down.
+    """
     for driver in list(running):
         driver.close()
 
@@ -66,8 +69,14 @@ class Driver(abc.ABC):
 
     Of each completion there is exactly one `Ended`, whatever happens to the engine.  In a fork of its process it only
     raises `EngineError`.
+
+    Attributes:
+        is_up: it computes; false while an engine that ended is being made again.
+        over: why it never will any more; "": it may.
     """
 
+    is_up = True
+    over = ""
     _mailbox: Mailbox
 
     @abc.abstractmethod
@@ -123,11 +132,16 @@ class Driver(abc.ABC):
 
 
 class EventStream:
-    """One request's events, as an iterator for one thread; closing or dropping it before the end aborts the request."""
+    """One request's events, as an iterator for one thread; closing or dropping it before the end aborts the request.
+
+    Attributes:
+        prompt_logprobs: those of its prompt's tokens that have come, from the second on; all, once it says something.
+    """
 
     def __init__(self, driver: Driver, request: Request) -> None:
         self._driver, self._id, self._open = driver, request.id, request.params.n
         self._events: deque[Event] = deque()
+        self.prompt_logprobs: list[dict[int, float]] = []
         # The driver knows the queue alone, so that a stream nobody holds any more is collected.
         self._arrived: queue.SimpleQueue[list[Event | News]] = queue.SimpleQueue()
         self._adding = driver.add(request, self._arrived.put)
@@ -161,7 +175,11 @@ class EventStream:
         self._events.clear()
 
     def _take(self, events: list[Event | News]) -> None:
-        self._events += [e for e in events if not isinstance(e, News)]
+        for e in events:
+            if isinstance(e, PromptLogprobs):
+                self.prompt_logprobs += e.logprobs
+            elif not isinstance(e, News):
+                self._events.append(e)
 
     def __enter__(self) -> EventStream:
         return self
@@ -229,6 +247,7 @@ class EngineThread(Driver):
         except BaseException as error:  # a step handles its requests' faults itself: this is one of the engine
             log.exception("the engine failed; every request that waits is ended")
             reason = f"the engine failed ({type(error).__name__}: {error}); make another, and report this"
+        self.is_up, self.over = False, reason
         self._mailbox.close(reason)
         self._waiting.end_all(reason)
         close_engine(engine)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import collections
 import dataclasses
+import logging
+import math
 import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
@@ -19,9 +21,14 @@ from pyrosome.chat.events import Done, Event, Message, ReasoningDelta, Usage
 from pyrosome.engine.aio import AsyncEventStream
 from pyrosome.engine.request import Ended, Progress, PromptLogprobs, Request, Reuse, Timeline, TokenEvent
 from pyrosome.errors import EngineError, PyrosomeError
+from pyrosome.server import arrival
 from pyrosome.server.caller import Caller, Entry, Ticket
 from pyrosome.server.problems import Problem, Refused, shape_of
 from pyrosome.server.service import Service
+
+log = logging.getLogger(__name__)
+
+GOODBYE_S = 1.0  # what a client may take to read that the server ends
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -113,34 +120,40 @@ class Exchange:
             logs=[[] for _ in asked.readers], arrived=time.monotonic(),
         )  # fmt: skip
         self._left = set(range(len(asked.readers)))
+        self._num_tokens = [0] * len(asked.readers)
         self._stream: AsyncEventStream | None = None
         self._ticket: Ticket | None = None
         self._running: Any = None
         self._task: asyncio.Task[Any] | None = None
         self._last_token: dict[int, float] = {}  # when each completion's came, of time.monotonic
         self._started = time.time()
-        self._is_inside = self._is_settled = self.is_shutting_down = False
-        self.write_s = service.options.write_s
+        self._is_inside = self.is_shutting_down = False
+        self._settling: asyncio.Task[None] | None = None
+        self._submitted = 0.0  # of time.monotonic
+        self._deadline, self._deadline_s = arrival.of_this_request().until(service.options.deadline_s)
+        self.first_token_estimate_s = 0.0  # made where there is a deadline; 0: not known
+        self._write_s = service.options.write_s
         self.error_shape = shape_of(asked.path)
 
     async def open(self) -> None:
         """Have it admitted and taken by the engine.
 
         Raises:
-            Refused: 402, 429 or 503.
+            Refused: 402, 429, 503, or 504 where it cannot be in time.
             RequestError: what the engine finds wrong with it.
         """
         engine, asked = self._service.engine, self.asked
-        self._service.gate.enter()
+        self._service.gate.enter(asked.caller.account)
         self._is_inside = True
         self._running = self._service.running(self)
         self._running.__enter__()
         try:
+            await self._be_in_time()
             self._ticket = await self._service.door.enter(
                 asked.caller, self.id, len(asked.request.ids), asked.request.params.max_tokens * len(self._left)
             )
-            self._stream = engine.submit(asked.request)
-            await self._stream.accepted()
+            self._stream, self._submitted = engine.submit(asked.request), time.monotonic()
+            await self._accepted(self._stream)
         except BaseException as error:
             self.outcome.status = "error"
             self.outcome.error = error if isinstance(error, PyrosomeError) else None
@@ -163,21 +176,23 @@ class Exchange:
         """
         assert self._stream
         self._task = asyncio.current_task()
-        began, options = time.monotonic(), self._service.options
+        if self.is_shutting_down:
+            raise asyncio.CancelledError
+        began, keep_alive_s = time.monotonic(), self._service.options.keep_alive_s
         while self._left:
-            events = await self._stream.batch(self._patience(options.keep_alive_s))
-            if options.deadline_s and time.monotonic() - self.outcome.arrived > options.deadline_s:
-                raise Refused(504, f"the request took longer than the {options.deadline_s:g} s a request may take here")
+            events = await self._stream.batch(max(0.0, min(keep_alive_s, self._deadline - time.monotonic())))
             said = self._read(events)
+            if self._left and time.monotonic() >= self._deadline:
+                raise self._too_late("it is ended where it is")
             if said:
                 began = time.monotonic()
                 yield said
-            elif time.monotonic() - began >= options.keep_alive_s and self._left:
+            elif time.monotonic() - began >= keep_alive_s and self._left:
                 yield StillHere(self.outcome.progress, time.monotonic() - self.outcome.arrived)
                 began = time.monotonic()
         self._stream.close()  # a stop string, or complete calls, may have come before the engine's end
         done = [Said(i, self._done(i)) for i in range(len(self.asked.readers))]
-        await self._settle(self.outcome.messages[0].finish_reason)
+        await self._settled(self.outcome.messages[0].finish_reason)
         yield done
 
     def cancel(self) -> None:
@@ -197,20 +212,51 @@ class Exchange:
             self._stream.close()
         if self._is_inside:
             self._is_inside = False
-            self._service.gate.leave(time.monotonic() - self.outcome.arrived)
+            self._service.gate.leave(time.monotonic() - self.outcome.arrived, self.asked.caller.account)
             self._running.__exit__(None, None, None)
-        if self._ticket and not self._is_settled:
-            for i in list(self._left):
-                self._end(i, "abort")
+        if self._ticket:
             for i in range(len(self.asked.readers)):
-                self._done(i)
-            await asyncio.shield(self._settle(self.outcome.status or "abort"))
+                self._cut_off(i)
+            await self._settled(self.outcome.status or "abort")
 
-    def _patience(self, keep_alive_s: float) -> float:
-        deadline = self._service.options.deadline_s
-        if not deadline:
-            return keep_alive_s
-        return max(0.0, min(keep_alive_s, self.outcome.arrived + deadline - time.monotonic()))
+    @property
+    def write_s(self) -> float:
+        """How long its client may not read what is sent; a server that closes is less patient."""
+        return min(GOODBYE_S, self._write_s) if self.is_shutting_down else self._write_s
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether its first token has come."""
+        return self.outcome.first_token is not None
+
+    @property
+    def tokens_to_come(self) -> float:
+        """How many tokens of its prompt will probably still be computed."""
+        if self.has_begun:
+            return 0.0
+        progress, prompt = self.outcome.progress, len(self.asked.request.ids)
+        if progress:
+            return progress.prompt_tokens - progress.computed_tokens
+        return self._service.pace.uncached(prompt)
+
+    async def _be_in_time(self) -> None:
+        if self._deadline == math.inf:
+            return
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            raise self._too_late("it had not begun")
+        self.first_token_estimate_s = await arrival.first_token_s(self._service, self.asked.request, left)
+
+    async def _accepted(self, stream: AsyncEventStream) -> None:
+        try:
+            left = None if self._deadline == math.inf else max(0.0, self._deadline - time.monotonic())
+            async with asyncio.timeout(left):
+                await stream.accepted()
+        except TimeoutError:
+            raise self._too_late("it had not begun") from None
+
+    def _too_late(self, where: str) -> Refused:
+        return Refused(504, f"the {self._deadline_s:g} s this request may take are over; {where}")
 
     def _read(self, events: Sequence[Any]) -> list[Said]:
         self._note_arrivals(events)
@@ -242,9 +288,15 @@ class Exchange:
             self.outcome.first_token = time.monotonic()
         if event.reuse:
             self.outcome.reuse = event.reuse
+            self._service.pace.computed(
+                event.reuse.prompt_tokens,
+                event.reuse.reused_tokens,
+                time.monotonic() - self._submitted - event.reuse.waited_s,
+            )
         reader = self.asked.readers[event.index]
         if reader.is_over:
             return []
+        self._num_tokens[event.index] += not event.is_end_token
         said = self._note(event.index, reader.feed(event))
         if reader.is_over:
             said += self._end(event.index, "stop")
@@ -282,10 +334,24 @@ class Exchange:
             done = self.outcome.dones[index] = self.asked.readers[index].done()
         return done
 
+    def _cut_off(self, index: int) -> None:
+        """Take an answer as it is; also where its reader failed, so that what was computed is written down."""
+        try:
+            self._end(index, "abort")
+            self._done(index)
+        except Exception:
+            log.exception("request %s: its answer could not be read to the end", self.id)
+            usage = Usage(len(self.asked.request.ids), self._num_tokens[index], 0, self.outcome.reuse.reused_tokens)
+            self.outcome.dones[index] = Done(Message("", "", (), "abort"), usage)
+
+    async def _settled(self, status: str) -> None:
+        """Have it settled, once; that goes on even if whoever waits for it is cancelled."""
+        if self._settling is None:
+            self._settling = asyncio.create_task(self._settle(status))
+            self._service.keep(self._settling)
+        await asyncio.shield(self._settling)
+
     async def _settle(self, status: str) -> None:
-        if self._is_settled:
-            return
-        self._is_settled = True
         o = self.outcome
         o.status, o.ended = status, time.monotonic()
         first = None if o.first_token is None else (o.first_token - o.arrived) * 1000

@@ -18,16 +18,18 @@ from pyrosome.chat.prompt import Prompt
 from pyrosome.checkpoint.index import open_checkpoint
 from pyrosome.engine.aio import AsyncEngine, EngineProcess
 from pyrosome.engine.worker import Driver
-from pyrosome.errors import PyrosomeError
 from pyrosome.options import EngineOptions, ServerOptions
 from pyrosome.server.caller import Door, OpenDoor
-from pyrosome.server.gate import Gate
+from pyrosome.server.gate import Gate, Pace
 from pyrosome.server.problems import Problem, Refused
 
 if TYPE_CHECKING:
     from pyrosome.server.exchange import Exchange, Outcome
 
-LOADING, READY, DRAINING, FAILED = "loading", "ready", "draining", "failed"
+LOADING, READY, RESTARTING, DRAINING, FAILED = "loading", "ready", "restarting", "draining", "failed"
+SOON = {"Retry-After": "2"}
+LOOK_S = 0.02
+GOODBYE_S = 2.5  # at the end, what clients may take to read that it is one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,13 +99,16 @@ class Service:
         )  # fmt: skip
         self.door: Door = door or OpenDoor()
         self.gate = Gate(self.engine_options.max_sequences, self.options.max_queue)
+        self.pace = Pace()
         self.watchers: list[Watcher] = []
         self.state, self.reason = LOADING, ""
         self.exchanges: dict[str, Exchange] = {}  # those that run
         self.closers: list[Callable[[], object]] = []  # of what else is open, called at the end
+        self.hurry = asyncio.Event()  # set: what runs is ended at once when the server closes
         self.driver: Driver | None = None  # of the engine, once it is there
         self._make_driver = make_driver
         self._engine: AsyncEngine | None = None
+        self._kept: set[asyncio.Task[Any]] = set()
         self._numbers = itertools.count()
         self._mark = secrets.token_hex(4)  # so that ids are not given again after a restart
 
@@ -121,8 +126,8 @@ class Service:
             self.chat.context_tokens = about["max_context"]
             self._engine, self.driver = engine, driver
             self.state = READY if self.state == LOADING else self.state
-        except PyrosomeError as error:
-            self.state, self.reason = FAILED, str(error)
+        except Exception as error:
+            self.state, self.reason = FAILED, str(error) or type(error).__name__
             raise
 
     @property
@@ -132,21 +137,49 @@ class Service:
         Raises:
             Refused: 503 while it is not there.
         """
-        if self._engine is None or self.state == FAILED:
-            if self.state == FAILED:
-                raise Refused(503, f"the model could not be loaded: {self.reason}")
-            raise Refused(503, "the model is being loaded; try again in a moment", headers={"Retry-After": "2"})
+        state, reason = self.condition
+        if state == FAILED:
+            raise Refused(503, f"there is no engine: {reason}")
+        if state == RESTARTING:
+            raise Refused(503, "the engine ended and is started again; try again in a moment", headers=SOON)
+        if self._engine is None:
+            raise Refused(503, "the model is being loaded; try again in a moment", headers=SOON)
         return self._engine
 
-    async def drain(self) -> None:
-        """Take nothing new, and wait for what runs, as long as the options say; then end it."""
+    @property
+    def condition(self) -> tuple[str, str]:
+        """What the service is doing now, and for `FAILED` why."""
+        driver = self.driver
+        if driver and driver.over and self.state != DRAINING:
+            return FAILED, driver.over
+        if driver and not driver.is_up and self.state == READY:
+            return RESTARTING, ""
+        return self.state, self.reason
+
+    def begin_to_drain(self) -> None:
+        """Take nothing new from now on."""
         self.state = DRAINING
         self.gate.is_closing = True
+
+    async def drain(self) -> None:
+        """Take nothing new, and wait for what runs, as long as the options say or until there is a `hurry`; then end it.
+
+        Whoever is still answered then is told, if they read it soon.
+        """
+        self.begin_to_drain()
         until = time.monotonic() + self.options.drain_s
-        while self.exchanges and time.monotonic() < until:
-            await asyncio.sleep(0.02)
+        while self.exchanges and time.monotonic() < until and not self.hurry.is_set():
+            await asyncio.sleep(LOOK_S)
         for exchange in list(self.exchanges.values()):
             exchange.cancel()
+        until = time.monotonic() + GOODBYE_S
+        while (self.exchanges or self._kept) and time.monotonic() < until:
+            await asyncio.sleep(LOOK_S)
+
+    def keep(self, task: asyncio.Task[Any]) -> None:
+        """Hold a task that goes on by itself, until it has ended."""
+        self._kept.add(task)
+        task.add_done_callback(self._kept.discard)
 
     async def close(self) -> None:
         """End the engine; its saved state is on disk."""
@@ -187,20 +220,21 @@ class Service:
         return asked
 
     def _with_default_effort(self, body: dict[str, Any], protocol: str) -> dict[str, Any]:
+        """The body with this server's effort, where it is thought about and the client names none."""
         if self.options.effort == "high" or self.chat.compat:
             return body  # the template's own default
-        if protocol == "messages":
-            given = body.get("output_config")
+        thinking = body.get("thinking")
+        kind = thinking.get("type") if isinstance(thinking, dict) else thinking
+        is_on = self.options.thinking if kind is None else kind not in (False, "disabled")
+        if not is_on:
+            return body
+        name = {"messages": "output_config", "responses": "reasoning"}.get(protocol)
+        if name:
+            given = body.get(name)
             if given is None or (isinstance(given, dict) and given.get("effort") is None):
-                return {**body, "output_config": {**(given or {}), "effort": self.options.effort}}
-        elif protocol == "responses":
-            given = body.get("reasoning")
-            if given is None or (isinstance(given, dict) and given.get("effort") is None):
-                return {**body, "reasoning": {**(given or {}), "effort": self.options.effort}}
+                return {**body, name: {**(given or {}), "effort": self.options.effort}}
         elif not any(body.get(n) for n in ("reasoning_effort", "reasoning", "chat_template_kwargs")):
-            thinking = body.get("thinking")
-            is_off = thinking is False or (isinstance(thinking, dict) and thinking.get("type") == "disabled")
-            return body if is_off or not self.options.thinking else {**body, "reasoning_effort": self.options.effort}
+            return {**body, "reasoning_effort": self.options.effort}
         return body
 
     @contextlib.contextmanager
