@@ -61,7 +61,7 @@ def deadline_in(value: str) -> float:
     if not 0 < seconds <= LONGEST_S:
         raise Refused(
             400,
-            f"X-Request-Deadline is {value[:40]!r}; seconds from now were expected, above 0 and up to {LONGEST_S:g}",
+            f"X-Request-Deadline is {value[:40]!r}; seconds were expected, above 0 and up to {LONGEST_S:g}",
         )
     return seconds
 

@@ -162,9 +162,9 @@ class Service:
         self.gate.is_closing = True
 
     async def drain(self) -> None:
-        """Take nothing new, and wait for what runs, as long as the options say or until there is a `hurry`; then end it.
+        """Take nothing new, wait for what runs as long as the options say or until there is a `hurry`, then end it.
 
-        Whoever is still answered then is told, if they read it soon.
+        Whoever is still being answered is told, if they read it soon.
         """
         self.begin_to_drain()
         until = time.monotonic() + self.options.drain_s
