@@ -13,6 +13,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from pyrosome.server.exchange import Exchange, StillHere
+from pyrosome.server.group import Group
 from pyrosome.server.problems import Problem, Refused, problem_of
 from pyrosome.server.shape import Shape, as_json
 
@@ -25,7 +26,7 @@ class Reply(Response):
     A whole answer that takes long begins with blank lines, which JSON allows, so that no proxy cuts the connection.
     """
 
-    def __init__(self, exchange: Exchange, shape: Shape, *, stream: bool, headers: Mapping[str, str]) -> None:
+    def __init__(self, exchange: Exchange | Group, shape: Shape, *, stream: bool, headers: Mapping[str, str]) -> None:
         super().__init__(status_code=200, headers=dict(headers))
         self._exchange, self._shape, self._stream = exchange, shape, stream
 

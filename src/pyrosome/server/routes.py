@@ -18,6 +18,7 @@ from pyrosome.options import SamplingParams
 from pyrosome.server.bodies import read_json
 from pyrosome.server.caller import GENERATE, Caller
 from pyrosome.server.exchange import Asked, Exchange
+from pyrosome.server.group import Group
 from pyrosome.server.problems import Refused
 from pyrosome.server.reply import Reply
 from pyrosome.server.service import Service
@@ -156,7 +157,7 @@ def priority_of(body: dict[str, Any]) -> int:
     return max(-100, min(0, value))
 
 
-async def answered(exchange: Exchange, shape: Shape, *, stream: bool, mode: str) -> Response:
+async def answered(exchange: Exchange | Group, shape: Shape, *, stream: bool, mode: str) -> Response:
     """Open the exchange and answer with it.
 
     Raises:
