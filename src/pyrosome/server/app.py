@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse, Response
 
 from pyrosome import __version__
 from pyrosome.errors import PyrosomeError
-from pyrosome.server import models, openai_chat
+from pyrosome.server import access_log, metrics_routes, models, openai_chat
 from pyrosome.server.problems import Problem, Refused, problem_of, shape_of
 from pyrosome.server.service import READY, Service
 
@@ -43,6 +43,8 @@ def make_app(service: Service) -> FastAPI:
     for router in ROUTERS:
         app.include_router(router())
     app.add_api_route("/health", _health, methods=["GET"], tags=["server"], summary="Ready to answer?")
+    metrics_routes.install(app, service)
+    access_log.install(app, service)
     app.add_exception_handler(PyrosomeError, _problem)
     app.add_exception_handler(HTTPException, _http)
     app.add_exception_handler(Exception, _problem)
