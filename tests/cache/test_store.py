@@ -19,7 +19,7 @@ from pyrosome.cache.pool import CachePool
 from pyrosome.cache.state import put_snapshot
 from pyrosome.cache.store import open_session, save_session
 from pyrosome.engine.runner import Runner
-from pyrosome.errors import CheckpointError, ContextTooLong, DoesNotFit, TruncatedFile, UnsupportedFormat
+from pyrosome.errors import CheckpointError, ContextTooLong, DoesNotFit, RequestError, TruncatedFile, UnsupportedFormat
 from pyrosome.testing.shapes import tiny
 from tests.networks import free, network, tokens
 
@@ -322,6 +322,65 @@ def test_a_header_that_is_none_is_refused(tmp_path, body):
     path.write_bytes(with_header(bytes(4096), body))
     with pytest.raises(CheckpointError, match="header"):
         open_session(path, fingerprint=PRINT)
+
+
+def test_a_header_that_would_fill_the_memory_is_refused_before_it_is_read(tmp_path, whole, monkeypatch):
+    raw, path = whole.read_bytes(), tmp_path / "a.session"
+    (length,) = struct.unpack_from("<Q", raw, 24)
+    monkeypatch.setattr(store, "MAX_HEADER_BYTES", length + 100)
+    bomb = raw[48 : 48 + length - 2] + b"," + b" " * 200 + raw[48 + length - 2 : 48 + length]
+    for body, message in ((raw[48 : 48 + length] + b" " * 101, f"has {length + 101:,} bytes"), (bomb, "of at most")):
+        path.write_bytes(with_header(raw, body))
+        with pytest.raises(CheckpointError, match=message):
+            open_session(path, fingerprint=PRINT)
+    path.write_bytes(with_header(raw, raw[48 : 48 + length] + b" " * 100))
+    assert open_session(path, fingerprint=PRINT).length == LENGTH
+
+
+def test_notes_that_no_reader_would_take_are_not_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "MAX_HEADER_BYTES", 2000)
+    with pytest.raises(RequestError, match=r"take [23],\d\d\d bytes and 2,000 can be kept"):
+        saved(tmp_path / "a.session", extra={"messages": ["x" * 2000]})
+    assert not os.listdir(tmp_path)
+
+
+def test_more_tokens_than_the_reader_wants_are_not_read(tmp_path, whole, monkeypatch):
+    assert len(open_session(whole, fingerprint=PRINT, max_context=LENGTH + 2).ids) == LENGTH + 3
+    monkeypatch.setattr(store, "_read", None)
+    with pytest.raises(ContextTooLong, match=f"{LENGTH + 2} tokens were asked for and the context holds {LENGTH + 1}"):
+        open_session(whole, fingerprint=PRINT, max_context=LENGTH + 1)
+
+
+def test_a_chunk_that_would_fill_the_memory_is_refused(tmp_path, monkeypatch):
+    """A chunk is held whole, twice: a file does not say how much memory its reader takes."""
+    path = tmp_path / "a.session"
+    saved(path, LENGTH)
+    size = 3 * open_session(path, fingerprint=PRINT).about.block_bytes
+    monkeypatch.setattr(store, "MAX_CHUNK_BYTES", size)
+    with pytest.raises(CheckpointError, match=r"the header of .* is damaged"):  # so many blocks as fit into 32 MiB
+        open_session(path, fingerprint=PRINT)
+    monkeypatch.setattr(store, "CHUNK_BYTES", size)
+    saved(path, LENGTH)
+    assert open_session(path, fingerprint=PRINT).about.blocks_per_chunk == 3
+    monkeypatch.setattr(store, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(store, "MAX_CHUNK_BYTES", 1)
+    saved(path, LENGTH)  # a block is never cut
+    assert open_session(path, fingerprint=PRINT).about.blocks_per_chunk == 1
+
+
+@pytest.mark.parametrize("kv_format", ["f32", "bf16", "fp8"])
+def test_nothing_of_whoever_had_the_place_before_gets_into_a_file(tmp_path, kv_format):
+    """The draft stage's window may never have been written: its rows are those of another sequence."""
+    files = []
+    for byte in (7, 11):
+        runner = Runner(network(CONFIG), kv_format, 1, 900, num_drafts=2)
+        for planes in runner.pool.planes.values():
+            for plane in planes:
+                plane.view(torch.uint8).fill_(byte)
+        saved(tmp_path / "a.session", runner=runner)
+        files.append((tmp_path / "a.session").read_bytes())
+    assert open_session(tmp_path / "a.session", fingerprint=PRINT).about.snapshot.draft_from == 300
+    assert files[0] == files[1]
 
 
 def test_what_is_no_file_is_told(tmp_path):

@@ -34,7 +34,12 @@ def take_snapshot(pool: CachePool, holding: Holding, length: int, draft_from: in
     """Copy the state of a sequence of `length` tokens out of the pool."""
     if not holding.slot:
         raise CacheInvariantBroken(f"a sequence of {length} tokens has no state in the pool to copy")
-    parts = [rows.contiguous().view(torch.uint8).flatten() for rows in _rows(pool, holding, length)]
+    parts = []
+    for spec, low, plane, index, width in _places(pool, holding, length):
+        rows = plane[index, :width].contiguous().view(torch.uint8)
+        if spec.name == "draft_kv":  # what the stage did not write is of whoever had the slot before
+            rows[: max(0, draft_from - low)] = 0
+        parts.append(rows.flatten())
     return Snapshot(length, draft_from, torch.cat(parts).cpu() if parts else torch.empty(0, dtype=torch.uint8))
 
 
@@ -45,7 +50,7 @@ def put_snapshot(pool: CachePool, holding: Holding, snapshot: Snapshot) -> None:
             f"a state of {snapshot.length} tokens has {snapshot.num_bytes} bytes and this cache keeps {expected}"
         )
     data, at = snapshot.data.to(pool.device), 0
-    for plane, index, width in _places(pool, holding, snapshot.length):
+    for _, _, plane, index, width in _places(pool, holding, snapshot.length):
         size = len(index) * width * plane.element_size()
         rows = data[at : at + size].view(len(index), -1)
         target = plane.view(torch.uint8)  # [rows, bytes]
@@ -67,13 +72,8 @@ def _extents(pool: CachePool, length: int) -> Iterator[tuple[list[tuple[Tensor, 
         yield [(p, p.shape[-1] // 2 if narrow else p.shape[-1]) for p in planes], high - low
 
 
-def _rows(pool: CachePool, holding: Holding, length: int) -> Iterator[Tensor]:
-    for plane, index, width in _places(pool, holding, length):
-        yield plane[index, :width]
-
-
-def _places(pool: CachePool, holding: Holding, length: int) -> Iterator[tuple[Tensor, Tensor, int]]:
-    """(plane as rows [N, C], places of the rows kept, channels kept), in a fixed order."""
+def _places(pool: CachePool, holding: Holding, length: int) -> Iterator[tuple[StreamSpec, int, Tensor, Tensor, int]]:
+    """(stream, first row, plane as rows [N, C], places of the rows kept, channels kept), in a fixed order."""
     for (layer, name), planes in pool.planes.items():
         spec = pool.streams[layer][name]
         low, high, narrow = _kept(pool, layer, spec, length)
@@ -87,7 +87,7 @@ def _places(pool: CachePool, holding: Holding, length: int) -> Iterator[tuple[Te
             place = row % planes[0].shape[1]
         for plane in planes:
             rows = plane if spec.is_history else plane[holding.slot]
-            yield rows, place, rows.shape[-1] // 2 if narrow else rows.shape[-1]
+            yield spec, low, rows, place, rows.shape[-1] // 2 if narrow else rows.shape[-1]
 
 
 def _kept(pool: CachePool, layer: int, spec: StreamSpec, length: int) -> tuple[int, int, bool]:

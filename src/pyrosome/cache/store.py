@@ -27,7 +27,14 @@ from pyrosome.cache.blocks import block_bytes, read_blocks, write_blocks
 from pyrosome.cache.pool import CachePool, Holding
 from pyrosome.cache.state import Snapshot, snapshot_bytes
 from pyrosome.cache.streams import BLOCK_TOKENS
-from pyrosome.errors import CheckpointError, DoesNotFit, TruncatedFile, UnsupportedFormat
+from pyrosome.errors import (
+    CheckpointError,
+    ContextTooLong,
+    DoesNotFit,
+    RequestError,
+    TruncatedFile,
+    UnsupportedFormat,
+)
 
 MAGIC = b"PYROSOME-SESSION"
 VERSION = 1
@@ -35,6 +42,8 @@ _LITTLE_ENDIAN = 0x01020304
 _PREAMBLE = struct.Struct("<16sIIQ16s")  # magic, version, byte order, bytes of the header, its checksum
 ALIGNMENT = 4096
 CHUNK_BYTES = 32 << 20  # of blocks read, checked and written at once
+MAX_CHUNK_BYTES = 64 << 20  # that a file may ask a reader to hold at once, if it is more than one block
+MAX_HEADER_BYTES = 16 << 20  # a header is read and taken apart in memory
 _AGAIN = "save it again, or compute the session anew from its text"
 _MOST = 1 << 48  # of anything that a header counts: a length beyond 63 bits would be an OverflowError
 _Count = Annotated[int, msgspec.Meta(ge=0, le=_MOST)]
@@ -87,6 +96,7 @@ class _Header(msgspec.Struct, forbid_unknown_fields=True):
             self.num_ids >= self.snapshot.length >= self.snapshot.draft_from
             and self.num_blocks == self.snapshot.length // BLOCK_TOKENS
             and len(self.xxh3.chunks) == len(self.chunk_starts)
+            and (self.blocks_per_chunk == 1 or self.blocks_per_chunk * self.block_bytes <= MAX_CHUNK_BYTES)
         )
 
 
@@ -110,6 +120,7 @@ def save_session(
     Raises:
         DoesNotFit: the disk has not so many bytes free.  An older file of that name is as it was.
         CheckpointError: the folder cannot be written to.
+        RequestError: `extra` is larger than a file may say of itself.
     """
     path = Path(path)
     packed, state = np.asarray(ids, dtype="<i4").tobytes(), _bytes_of(snapshot.data)
@@ -120,7 +131,12 @@ def save_session(
         _Sums(_sum(packed), _sum(state), []), extra or {},
     )  # fmt: skip
     about.xxh3.chunks = ["0" * 32] * len(about.chunk_starts)  # the header's length is known before they are
-    sections = _sections(about, len(_header(about)))
+    if (header_bytes := len(_header(about))) > MAX_HEADER_BYTES:
+        raise RequestError(
+            f"the session's messages and other notes take {header_bytes:,} bytes and {MAX_HEADER_BYTES:,} can be kept "
+            "with it; leave some of them out"
+        )
+    sections = _sections(about, header_bytes)
     total = sections["end"]
     try:
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -195,10 +211,14 @@ class SavedSession:
         return Snapshot(self.length, snapshot.draft_from, state)
 
 
-def open_session(path: str | Path, *, fingerprint: str) -> SavedSession:
-    """Read and check a session file's header and tokens.
+def open_session(path: str | Path, *, fingerprint: str, max_context: int | None = None) -> SavedSession:
+    """Read and check a session file's header and tokens.  The file may be anybody's: it is believed in nothing.
+
+    Args:
+        max_context: tokens that there is room for; of more, nothing is read.
 
     Raises:
+        ContextTooLong: it has more tokens than that.
         CheckpointError: there is no such file, it is damaged, or of another model or numerics.
         TruncatedFile: it ends too early.
         UnsupportedFormat: it is no session, or of another version.
@@ -215,6 +235,10 @@ def open_session(path: str | Path, *, fingerprint: str) -> SavedSession:
         found = os.fstat(f.fileno()).st_size
         if found < sections["end"]:
             raise TruncatedFile(f"{path} has {found} bytes and its header promises {sections['end']}; {_AGAIN}")
+        # An answer that ended for want of room is one id longer than what is computed of it.
+        tokens = max(about.snapshot.length, about.num_ids - 1)
+        if max_context is not None and tokens > max_context:
+            raise ContextTooLong(tokens, max_context, "give the engine a larger max_context or cache_bytes")
         ids = _read(f, path, sections["ids"], 4 * about.num_ids, about.xxh3.ids, "the tokens")
     return SavedSession(path, ids.view(torch.int32).tolist(), about, sections)
 
@@ -239,6 +263,8 @@ def _read_header(f: BinaryIO, path: Path) -> tuple[_Header, int]:
     _, version, order, length, checksum = _PREAMBLE.unpack(raw)
     if version != VERSION or order != _LITTLE_ENDIAN:
         raise UnsupportedFormat(f"{path} is of version {version} and this one reads version {VERSION}; {_AGAIN}")
+    if length > MAX_HEADER_BYTES:
+        raise CheckpointError(f"the header of {path} has {length:,} bytes, of at most {MAX_HEADER_BYTES:,}; {_AGAIN}")
     if length > os.fstat(f.fileno()).st_size:
         raise TruncatedFile(f"{path} ends within its header of {length} bytes; {_AGAIN}")
     body = f.read(length)
@@ -299,9 +325,7 @@ def _write_at(f: BinaryIO, at: int, data: memoryview) -> None:
         data, at = data[written:], at + written
 
 
-def _read(
-    f: BinaryIO, path: Path, at: int, size: int, checksum: str, what: str, out: Tensor | None = None
-) -> Tensor:
+def _read(f: BinaryIO, path: Path, at: int, size: int, checksum: str, what: str, out: Tensor | None = None) -> Tensor:
     data = torch.empty(size, dtype=torch.uint8) if out is None else out[:size]
     view, done = _bytes_of(data), 0
     while done < size:

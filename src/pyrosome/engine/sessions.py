@@ -134,9 +134,7 @@ def _save(engine: Engine, session: str, path: str, notes: dict[str, Any] | None 
 
 
 def _restore(engine: Engine, path: str, salt: str = "") -> str:
-    saved = open_session(path, fingerprint=engine.fingerprint)
-    if saved.length > engine.max_context:
-        raise ContextTooLong(saved.length, engine.max_context, "give the engine a larger max_context or cache_bytes")
+    saved = open_session(path, fingerprint=engine.fingerprint, max_context=engine.max_context)
     if saved.ids:
         check_ids(saved.ids, engine.config.vocab_size)
     track = engine.home.new_track(list(saved.ids), salt)
