@@ -132,13 +132,16 @@ def test_signatures_that_users_call(name):
 
 
 FIELDS = {
-    "Output": ["token_ids", "text", "logprobs", "finish_reason", "cached_tokens", "error", "reuse", "timeline"],
+    "Output": [
+        "token_ids", "text", "logprobs", "finish_reason", "cached_tokens", "error", "reuse", "timeline",
+        "prompt_logprobs",
+    ],
     "Piece": ["text", "token_ids", "finish_reason"],
     "LoadedModel": ["network", "config", "numerics", "kv_format", "path", "index"],
     "SamplingParams": [
         "max_tokens", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
         "repetition_penalty", "seed", "stop_token_ids", "stop", "logprobs", "ignore_eos", "n",
-        "max_thinking_tokens", "max_repeats",
+        "max_thinking_tokens", "max_repeats", "prompt_logprobs",
     ],
 }  # fmt: skip
 

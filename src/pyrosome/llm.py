@@ -101,7 +101,13 @@ class LLM:
         requests = self._requests(prompts, params)
         with contextlib.ExitStack() as open_streams:
             streams = [open_streams.enter_context(self.submit(r)) for r in requests]
-            return [o for r, s in zip(requests, streams, strict=True) for o in collect(s, self.tokenizer, r.params)]
+            return [o for r, s in zip(requests, streams, strict=True) for o in self._outputs(r, s)]
+
+    def _outputs(self, request: Request, events: EventStream) -> list[Output]:
+        outputs = collect(events, self.tokenizer, request.params)
+        if request.params.prompt_logprobs is None:
+            return outputs
+        return [dataclasses.replace(o, prompt_logprobs=events.prompt_logprobs) for o in outputs]
 
     def submit(self, request: Request) -> EventStream:
         """A request's events as they come; closing the stream ends it."""

@@ -26,6 +26,7 @@ class Output:
     reuse: Reuse | None = dataclasses.field(default=None, compare=False, repr=False)
     # When what happened; None: it ended by a stop string.
     timeline: Timeline | None = dataclasses.field(default=None, compare=False, repr=False)
+    prompt_logprobs: list[dict[int, float]] | None = None  # as `logprobs`, for the prompt's tokens from the second on
 
 
 @dataclasses.dataclass(frozen=True)

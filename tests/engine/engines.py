@@ -8,7 +8,7 @@ from pyrosome.cache.streams import cache_tokens_in
 from pyrosome.engine import drafting
 from pyrosome.engine.engine import Engine
 from pyrosome.engine.loaded import open_engine
-from pyrosome.engine.request import Ended, Request, TokenEvent
+from pyrosome.engine.request import Ended, News, Request, TokenEvent
 from pyrosome.engine.speculate import Depth
 from pyrosome.options import EngineOptions, SamplingParams
 from pyrosome.testing.shapes import tiny
@@ -79,6 +79,8 @@ class Said:
 
 def take(events, into: dict[tuple[str, int], Said]) -> dict[tuple[str, int], Said]:
     for e in events:
+        if isinstance(e, News):
+            continue
         said = into.setdefault((e.request, e.index), Said())
         assert said.end is None, "nothing follows the end"
         if isinstance(e, TokenEvent):

@@ -9,7 +9,7 @@ import time
 from typing import Any
 
 from pyrosome import errors
-from pyrosome.engine.request import Ended, Event, Request, Reuse, Timeline, TokenEvent
+from pyrosome.engine.request import Ended, Event, News, Progress, PromptLogprobs, Request, Reuse, Timeline, TokenEvent
 from pyrosome.engine.stats import Stats
 from pyrosome.errors import ContextTooLong, DoesNotFit, RequestError
 from pyrosome.options import SamplingParams
@@ -28,12 +28,22 @@ def expected(request: Request) -> list[list[int]]:
     return [[token_at(request.ids, i, at) for at in range(p.max_tokens)] for i in range(p.n)]
 
 
+def news(request: Request) -> list[News]:
+    """What it tells of a prompt first, in a step of its own."""
+    ids, found = request.ids, list[News]()
+    if request.progress:
+        found += [Progress(request.id, n, len(ids)) for n in range(1, len(ids))]
+    if request.params.prompt_logprobs is not None:
+        found.append(PromptLogprobs(request.id, 1, [{token: -0.25} for token in ids[1:]]))
+    return found
+
+
 def asked(name: str, max_tokens: int = 5, n: int = 1, ids: tuple[int, ...] = (1, 2, 3)) -> Request:
     return Request(name, ids, SamplingParams(max_tokens=max_tokens, n=n))
 
 
 class FakeEngine:
-    """One token for each completion in each step.
+    """One token for each completion in each step, after one of news if a request wants to know of its prompt.
 
     Args:
         step_s: what a step takes.
@@ -79,13 +89,13 @@ class FakeEngine:
         if request.ids[0] == 404:
             raise KeyError("no such thing")
         self.open[request.id] = request, set(range(request.params.n))
-        self.said[request.id] = 0
+        self.said[request.id] = -1 if request.progress or request.params.prompt_logprobs is not None else 0
 
     def abort(self, request_id: str) -> None:
         self.aborted.append(request_id)
         self.marked.add(request_id)  # also what is not there: a later request of that id would be hit
 
-    def step(self) -> list[Event]:
+    def step(self) -> list[Event | News]:
         self.threads.add(threading.get_ident())
         if self.gate:
             self.gate.acquire()
@@ -96,7 +106,7 @@ class FakeEngine:
             os.kill(os.getpid(), signal.SIGKILL)
         if self.step_s:
             time.sleep(self.step_s)
-        events: list[Event] = []
+        events: list[Event | News] = []
         for name, (request, left) in list(self.open.items()):
             if request.ids[0] == FAILS_IN_STEP:
                 raise RuntimeError("a broken step")
@@ -106,6 +116,10 @@ class FakeEngine:
                 time.sleep(600)
             at = self.said[name]
             self.said[name] += 1
+            if at < 0 and name not in self.marked:
+                events += news(request)
+                continue
+            at = max(at, 0)
             for index in sorted(left):
                 if name in self.marked:
                     events.append(self._end(request, index, "abort", at))

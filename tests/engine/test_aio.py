@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import gc
 import os
 import signal
@@ -17,7 +18,7 @@ from pyrosome.engine.stats import Stats
 from pyrosome.engine.worker import EngineThread
 from pyrosome.errors import ContextTooLong, EngineError, RequestError
 from tests.engine.drivers import by_completion, is_gone, process, until
-from tests.engine.fake_engine import FakeEngine, asked, expected
+from tests.engine.fake_engine import FakeEngine, asked, expected, news
 
 pytestmark = pytest.mark.usefixtures("bounded")
 
@@ -69,6 +70,40 @@ def test_a_stream_gives_every_completion_and_ends(place, run, max_tokens, n):
         await stream.accepted()
 
     engine = AsyncEngine(place())
+    run(main())
+
+
+def test_news_of_a_prompt_comes_in_batches_and_is_passed_over_by_who_iterates(place, run):
+    async def main():
+        r = dataclasses.replace(asked("a", 4, 2, ids=(5, 6, 7)), progress=True)
+        r = dataclasses.replace(r, params=dataclasses.replace(r.params, prompt_logprobs=0))
+        assert by_completion([e async for e in engine.submit(r)], 2)[0] == expected(r)
+        stream, heard = engine.submit(r), []
+        while batch := await stream.batch(60.0):
+            heard += batch
+        assert heard[:3] == news(r) and by_completion(heard[3:], 2)[0] == expected(r)
+        assert await stream.batch(60.0) == [], "after its end nothing is waited for"
+
+    engine = AsyncEngine(place())
+    run(main())
+
+
+def test_a_batch_that_does_not_come_in_time_is_empty_and_what_comes_later_is_in_the_next(held, run):
+    driver, _, gate = held
+
+    async def main():
+        r = asked("a", 2)
+        stream = engine.submit(r)
+        gate.release()
+        await stream.accepted()
+        assert await stream.batch(0.001) == await stream.batch(0.0) == []
+        gate.release(100)
+        heard = []
+        while batch := await stream.batch(60.0):
+            heard += batch
+        assert by_completion(heard)[0] == expected(r)
+
+    engine = AsyncEngine(driver)
     run(main())
 
 

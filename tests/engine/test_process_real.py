@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import dataclasses
 import json
 import os
 import random
@@ -11,9 +13,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from pyrosome.engine.aio import EngineProcess
-from pyrosome.engine.request import Ended, Request, TokenEvent
+from pyrosome.engine.aio import AsyncEngine, EngineProcess
+from pyrosome.engine.request import Ended, Progress, PromptLogprobs, Request, TokenEvent
 from pyrosome.engine.stats import Stats
+from pyrosome.engine.worker import Driver
 from pyrosome.errors import ContextTooLong, EngineError, RequestError
 from pyrosome.llm import LLM
 from pyrosome.options import Constraint, SamplingParams
@@ -99,6 +102,34 @@ def test_a_process_says_what_a_thread_says_and_writes_its_trace_when_it_is_close
         assert len(driver.call("session_ids", session=fork)) == 150 + 10 + 5 + 10
     events = json.loads((tmp_path / "trace.json").read_text())
     assert {"request greedy.0", "request twins.1"} <= {e["args"]["name"] for e in events if e["name"] == "thread_name"}
+
+
+def test_a_process_tells_of_prompts_what_a_thread_tells():
+    r = dataclasses.replace(asked("a", 500, 3, prompt_logprobs=2, n=2), progress=True)
+    others = [asked("b", 300, 9, 200, prompt_logprobs=0), asked("c", 70, 30)]
+
+    async def heard(driver: Driver) -> dict[str, list]:
+        """Log probabilities by request, without a gap; who else is in a step decides how they are cut."""
+        engine, found = AsyncEngine(driver), {}
+        streams = {each.id: engine.submit(each) for each in (r, *others)}
+        for name, stream in streams.items():
+            found[name], computed = [], 0
+            while batch := await stream.batch(WAIT_S):
+                for e in batch:
+                    if isinstance(e, PromptLogprobs):
+                        assert e.start == 1 + len(found[name])
+                        found[name] += e.logprobs
+                    elif isinstance(e, Progress):
+                        assert computed < e.computed_tokens < e.prompt_tokens == 500
+                        computed = e.computed_tokens
+            assert (computed > 0) == (name == "a")
+        return found
+
+    with LLM("builtin:nano", numerics="exact", **OPTIONS) as llm:
+        expected = asyncio.run(heard(llm.engine))
+    assert {name: len(found) for name, found in expected.items()} == {"a": 499, "b": 299, "c": 0}
+    with process() as driver:
+        assert asyncio.run(heard(driver)) == expected
 
 
 def ask(driver: EngineProcess, request: Request, seen: list[int]) -> tuple[dict[int, list[tuple]], list[Ended]]:

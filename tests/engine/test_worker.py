@@ -15,13 +15,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import pytest
 
 from pyrosome import errors
-from pyrosome.engine.request import Ended, Reuse, Timeline, TokenEvent
+from pyrosome.engine.request import Ended, News, Reuse, Timeline, TokenEvent
 from pyrosome.engine.stats import Stats
 from pyrosome.engine.worker import EngineThread, Waiting
 from pyrosome.errors import CheckpointError, ContextTooLong, DoesNotFit, EngineError, PyrosomeError, RequestError
 from pyrosome.options import SamplingParams
 from tests.engine.drivers import by_completion, is_answered, until
-from tests.engine.fake_engine import FakeEngine, asked, expected
+from tests.engine.fake_engine import FakeEngine, asked, expected, news
 
 pytestmark = pytest.mark.usefixtures("bounded")
 
@@ -43,6 +43,21 @@ def test_a_stream_gives_every_completion_and_ends(place, max_tokens, n):
         Timeline(1.5, drafted=(3, 2), accepted=(1, 0)),
     )
     assert list(stream) == []
+
+
+def test_a_stream_of_who_wants_to_know_of_its_prompt_gives_the_same_and_keeps_its_log_probabilities(place):
+    driver = place()
+    r = dataclasses.replace(asked("a", 4, 2, ids=(5, 6, 7)), progress=True)
+    with driver.submit(r) as stream:
+        assert by_completion(stream, 2)[0] == expected(r) and stream.prompt_logprobs == []
+    r = dataclasses.replace(r, params=dataclasses.replace(r.params, prompt_logprobs=0))
+    stream = driver.submit(r)
+    assert isinstance(next(stream), TokenEvent) and stream.prompt_logprobs == [{6: -0.25}, {7: -0.25}]
+    stream.close()
+    heard = []
+    driver.add(r, heard.extend).result()
+    until(lambda: sum(isinstance(e, Ended) for e in heard) == 2)
+    assert heard[:3] == news(r) and not any(isinstance(e, News) for e in heard[3:])
 
 
 def test_streams_read_one_after_the_other_lose_nothing(place):

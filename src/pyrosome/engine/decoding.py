@@ -7,13 +7,13 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from pyrosome.engine.request import Event, TokenEvent
+from pyrosome.engine.request import Event, News, TokenEvent
 from pyrosome.engine.sampler import Choice, Row, choose_all
 from pyrosome.engine.stats import Stats
 from pyrosome.engine.track import Completion, Span
 
-End = Callable[[Completion, str, list[Event]], None]
-Fail = Callable[[Completion, Exception, list[Event]], None]
+End = Callable[[Completion, str, list[Event | News]], None]
+Fail = Callable[[Completion, Exception, list[Event | News]], None]
 
 
 class Decoding:
@@ -30,7 +30,7 @@ class Decoding:
         self._eos_id, self._max_context, self._stats = eos_id, max_context, stats
         self._end, self._fail = end, fail
 
-    def choose(self, active: list[tuple[Completion, Span, Tensor]], events: list[Event]) -> None:
+    def choose(self, active: list[tuple[Completion, Span, Tensor]], events: list[Event | News]) -> None:
         """Choose tokens and check drafts: row after row, all completions together, while drafts agree.
 
         Args:
@@ -52,7 +52,7 @@ class Decoding:
                     agreed.append((c, span, rows_RV))
             active, at = agreed, at + 1
 
-    def _take(self, c: Completion, span: Span, at: int, choice: Choice | Exception, events: list[Event]) -> bool:
+    def _take(self, c: Completion, span: Span, at: int, choice: Choice | Exception, events: list[Event | News]) -> bool:
         """Take one choice; whether it was the draft that the next row stands after."""
         if isinstance(choice, Exception):
             self._fail(c, choice, events)
@@ -74,7 +74,7 @@ class Decoding:
             self._end(c, reason, events)
         return not reason and agrees
 
-    def _commit(self, c: Completion, choice: Choice, events: list[Event]) -> str:
+    def _commit(self, c: Completion, choice: Choice, events: list[Event | News]) -> str:
         """Take one token; why the completion ends with it, or "" where it goes on."""
         token, params = choice.token, c.request.params
         reuse = None if c.output_tokens else c.reuse
@@ -94,7 +94,7 @@ class Decoding:
             return "length"
         return ""
 
-    def _jump(self, c: Completion, events: list[Event]) -> str:
+    def _jump(self, c: Completion, events: list[Event | News]) -> str:
         """Take the tokens a grammar leaves no choice about; why the completion ends with them, or "".
 
         Log-probabilities, where they are wanted, need their rows: then nothing is jumped.

@@ -24,11 +24,11 @@ from pyrosome.cache.blocks import block_bytes
 from pyrosome.cache.prefix import PrefixTree
 from pyrosome.cache.streams import BLOCK_TOKENS, cache_tokens_in
 from pyrosome.cache.tiers import Tiers
-from pyrosome.engine import sessions
+from pyrosome.engine import news, sessions
 from pyrosome.engine.constrain import Grammars, Guide
 from pyrosome.engine.decoding import Decoding
 from pyrosome.engine.drafting import Drafter, drafter_for
-from pyrosome.engine.request import Ended, Event, Request, Reuse
+from pyrosome.engine.request import Ended, Event, News, Request, Reuse
 from pyrosome.engine.residency import Residency
 from pyrosome.engine.runner import Forward, Runner, check_ids
 from pyrosome.engine.sampler import SamplerState
@@ -117,12 +117,17 @@ class Engine:
 
         Raises:
             RequestError: an id in use, ids outside the vocabulary, a constraint that is no grammar, a session there
-                is not or that is generating already.
+                is not or that is generating already, log probabilities of what a session holds.
             ContextTooLong: more ids than the cache, or the model, has positions for.
         """
         if any(c.request.id == request.id for c in self.completions):
             raise RequestError(f"request id {request.id!r} is in use; give each request an id of its own")
         session = sessions.find(self, request.session) if request.session else None
+        if session and request.params.prompt_logprobs is not None:
+            raise RequestError(
+                "prompt_logprobs was asked for in a session, whose tokens are not computed again; send its ids as a "
+                "prompt of their own"
+            )
         before = len(session.track.ids) if session else 0
         if request.ids or not before:
             check_ids(list(request.ids), self.config.vocab_size)
@@ -187,9 +192,9 @@ class Engine:
 
     # One step
 
-    def step(self) -> list[Event]:
+    def step(self) -> list[Event | News]:
         """Compute one step; the events it gave, `Ended` last for each completion that ended."""
-        events: list[Event] = []
+        events: list[Event | News] = []
         began = time.monotonic()
         self._step += 1
         self._reap(events)
@@ -227,13 +232,13 @@ class Engine:
         s.host_bytes, s.disk_bytes = (tiers.host_bytes, tiers.disk_bytes) if tiers else (0, 0)
         return dataclasses.replace(s)
 
-    def _reap(self, events: list[Event]) -> None:
+    def _reap(self, events: list[Event | News]) -> None:
         if self._aborted:
             for c in [c for c in self.completions if c.request.id in self._aborted]:
                 self._end(c, "abort", events)
             self._aborted.clear()
 
-    def _admit(self, events: list[Event]) -> None:
+    def _admit(self, events: list[Event | News]) -> None:
         """Bring into the cache who waits, best rank first, while there is room or somebody lower to set aside."""
         waiting = [c for c in self.completions if c.track.sequence is None]
         lowest = min((c.rank[0] for c in self.completions if c.track.sequence is not None), default=None)
@@ -241,7 +246,8 @@ class Engine:
             if c.blocked_at == self._departures and lowest is not None and c.rank[0] <= lowest:
                 break  # nobody has left since: to be brought in and set aside again would be all that it got
             try:
-                reuse = self.home.bring_in(c.track, functools.partial(self._set_aside, c, is_waiting=True))
+                set_aside = functools.partial(self._set_aside, c, is_waiting=True)
+                reuse = self.home.bring_in(c.track, set_aside, c.most_reused)
             except Exception as error:
                 self._fail(c, error, events)
                 continue
@@ -252,6 +258,7 @@ class Engine:
                 c.is_admitted, c.admitted = True, time.monotonic()
                 c.reuse = dataclasses.replace(reuse, waited_s=c.admitted - c.arrived)
                 self._looked_up(c)
+            events += news.progress(c)
 
     def _looked_up(self, c: Completion) -> None:
         self.stats.looked_up(c.reuse)
@@ -282,7 +289,7 @@ class Engine:
             self.home.park(min(idle, key=lambda t: t.last_served))
         return bool(idle)
 
-    def _plan(self, events: list[Event]) -> list[Span]:
+    def _plan(self, events: list[Event | News]) -> list[Span]:
         """The next step's spans, room made for each."""
         present = [c for c in self.completions if c.track.sequence is not None]
         if suspects := [c for c in present if c.is_suspect]:
@@ -308,7 +315,7 @@ class Engine:
             c.waited += 1
         return [s for s in spans if s.completion.track.sequence is not None]
 
-    def _run(self, spans: list[Span], events: list[Event]) -> None:
+    def _run(self, spans: list[Span], events: list[Event | News]) -> None:
         """Compute spans, and make of that what follows: tokens, known blocks, drafts."""
         rows = [(1 + len(s.drafts)) if s.is_last else 0 for s in spans]
         num_tokens, began = sum(len(s.ids) for s in spans), time.monotonic()
@@ -321,9 +328,13 @@ class Engine:
             return
         self.stats.computed_tokens += num_tokens
         active: list[tuple[Completion, Span, Tensor]] = []
-        for s, rows_RV, finite in zip(spans, logits, is_finite, strict=True):
+        for s, rows_RV, finite, (first, _) in zip(spans, logits, is_finite, forward.step.layout, strict=True):
             with self._guarded(s.completion, events):
-                active += self._computed(s, rows_RV, is_finite=finite)
+                if not finite:
+                    raise EngineError("the network gave values that are no numbers; send the request again")
+                events += news.prompt_logprobs(self.runner, forward, first, s)
+                active += self._computed(s, rows_RV)
+                events += news.progress(s.completion)
         served = [(s.completion, s.start) for s in spans]
         served += [(c, s.start) for c, s, _ in active if c is not s.completion]
         with self._phase("choose"):
@@ -338,17 +349,11 @@ class Engine:
                     with self._guarded(c, events):
                         self.home.settle(c.track, start)
 
-    def _computed(self, s: Span, rows_RV: Tensor, *, is_finite: bool) -> list[tuple[Completion, Span, Tensor]]:
-        """Those that choose tokens after a span: its completion, and the others of its request where they begin.
-
-        Raises:
-            EngineError: the network gave values that are no numbers.
-        """
+    def _computed(self, s: Span, rows_RV: Tensor) -> list[tuple[Completion, Span, Tensor]]:
+        """Those that choose tokens after a span: its completion, and the others of its request where they begin."""
         c = s.completion
         c.waited, c.turn, c.num_steps, c.is_suspect = 0, next(self._turns), c.num_steps + 1, False
         c.track.last_served = self._step
-        if not is_finite:
-            raise EngineError("the network gave values that are no numbers; send the request again")
         if not s.is_last:
             return []
         # What the drafts will turn out to be is not known yet: the sequence grows by those accepted.
@@ -357,7 +362,7 @@ class Engine:
         return [(c, s, rows_RV), *((twin, s, rows_RV) for twin in self._twins(c))]
 
     @contextlib.contextmanager
-    def _guarded(self, c: Completion, events: list[Event]) -> Iterator[None]:
+    def _guarded(self, c: Completion, events: list[Event | News]) -> Iterator[None]:
         """What goes wrong with a completion ends that one alone."""
         try:
             yield
@@ -420,7 +425,7 @@ class Engine:
 
     # Ends and faults
 
-    def _isolate(self, spans: list[Span], error: Exception, events: list[Event]) -> None:
+    def _isolate(self, spans: list[Span], error: Exception, events: list[Event | News]) -> None:
         """A step failed: run its spans one by one, so that only whose fault it is ends."""
         if len(spans) == 1:
             self._fail(spans[0].completion, error, events)
@@ -433,14 +438,16 @@ class Engine:
             else:
                 self._run([s], events)
 
-    def _fail(self, c: Completion, error: Exception, events: list[Event]) -> None:
+    def _fail(self, c: Completion, error: Exception, events: list[Event | News]) -> None:
         expected = isinstance(error, PyrosomeError)
         kind = type(error).__name__ if expected else "EngineError"
         log.error("request %s: %s: %s", c.request.id, type(error).__name__, error, exc_info=not expected)
         self.stats.failed(kind)
         self._end(c, "error", events, str(error) if expected else f"{type(error).__name__}: {error}", kind)
 
-    def _end(self, c: Completion, reason: str, events: list[Event], error: str = "", error_type: str = "") -> None:
+    def _end(
+        self, c: Completion, reason: str, events: list[Event | News], error: str = "", error_type: str = ""
+    ) -> None:
         self.completions.remove(c)
         self._departures += 1
         output_tokens = c.output_tokens  # a session's ids are cut back where it failed

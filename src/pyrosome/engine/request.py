@@ -35,7 +35,7 @@ class Reuse:
     matched_tokens: int = 0  # of the prompt, found in the prefix tree as an unbroken chain of blocks
     reused_tokens: int = 0  # of those, not computed again
     replayed_tokens: int = 0  # recomputed layer by layer to rebuild state, in tokens through the whole network
-    limit: str = ""  # "all", "no common prefix", "evicted", "no snapshot"
+    limit: str = ""  # "all", "no common prefix", "evicted", "no snapshot", "not wanted"
     stream: str = ""  # the cache stream that limited it
     reason: str = ""  # the same as a sentence with its numbers
     waited_s: float = dataclasses.field(default=0.0, compare=False)  # from its arrival until that was looked up
@@ -68,7 +68,7 @@ class PromptLogprobs:
 
     request: str
     start: int  # position of the first of them
-    logprobs: list[dict[int, float]]  # for each: its own, and the top ones asked for
+    logprobs: list[dict[int, float]]  # for each, of the raw model distribution: its own, and the top ones asked for
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -16,6 +16,8 @@ from pyrosome.engine.runner import Runner, Sequence
 from pyrosome.engine.stats import Stats
 from pyrosome.engine.track import Track
 
+UNWANTED = "log probabilities of the prompt were asked for, so all of it is computed"
+
 
 class Residency:
     """Brings tracks into the cache and sets them aside.
@@ -51,16 +53,20 @@ class Residency:
         self.pool.prepare(sequence.holding, start, stop)
         return True
 
-    def bring_in(self, track: Track, set_aside: Callable[[], bool]) -> Reuse | None:
+    def bring_in(self, track: Track, set_aside: Callable[[], bool], most: int | None = None) -> Reuse | None:
         """Give a track its place in the cache, with whatever of its prefix is known; None where there is no room.
 
         A track that was set aside goes on where it was if its history is still there, and is computed again from its
         longest known prefix if not.
+
+        Args:
+            most: tokens that may be taken from what is known; None: any number.
         """
         if not self.pool.num_free_slots and not set_aside():
             return None
         parked = track.parked
         goal = parked.length // BLOCK_TOKENS * BLOCK_TOKENS if parked else len(track.ids) - 1
+        goal = goal if most is None else min(goal, most)
         holding, match = self.tree.adopt(self.tree.match(track.ids, track.salt, goal))
         track.sequence, track.cursor = Sequence(holding), self.tree.cursor(track.salt, match)
         is_whole = parked is not None and match.length == goal
@@ -70,7 +76,8 @@ class Residency:
             return None
         track.parked = None
         if not is_whole:
-            return self._found(track, track.sequence, match)
+            found = self._found(track, track.sequence, match)
+            return found if most is None else dataclasses.replace(found, limit="not wanted", stream="", reason=UNWANTED)
         assert parked is not None
         self.runner.restore(track.sequence, parked)
         self.stats.resumes += 1

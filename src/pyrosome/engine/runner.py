@@ -173,6 +173,12 @@ class Runner:
         return list(logits if last_alone else logits.split(list(rows))), is_finite, forward
 
     @torch.inference_mode()
+    def logits(self, forward: Forward, first: int, last: int) -> Tensor:
+        """Float32 logits [last - first, V] after tokens first..last - 1 of a forward's step."""
+        with self._one_pool():
+            return self.model.logits(forward.streams[first:last]).float()
+
+    @torch.inference_mode()
     def step_with_drafts(self, sequence: Sequence, ids: Items[int]) -> Tensor:
         """Append `ids` to a sequence and run its MTP stage over every position whose next id is known.
 

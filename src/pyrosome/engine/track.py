@@ -76,6 +76,7 @@ class Completion:
     is_checked: bool = False  # its prefix hit is to be recomputed and compared
     is_suspect: bool = False  # a step with it failed: it runs alone
     has_twins: bool = False  # the other completions of its request have begun
+    next_told: int = 1  # the first position of the prompt whose log probability was not told yet
 
     @property
     def length(self) -> int:
@@ -107,6 +108,15 @@ class Completion:
     def is_decoding(self) -> bool:
         """Whether its prompt is computed: what is pending was generated."""
         return self.track.length >= self.prompt_length
+
+    @property
+    def most_reused(self) -> int | None:
+        """Tokens that need not be computed for it, at most; None: any number.
+
+        The log probability of a position is of the logits before it: where all are wanted, none may be passed over.
+        """
+        is_told = self.index or self.next_told >= self.prompt_length
+        return None if is_told or self.request.params.prompt_logprobs is None else self.next_told - 1
 
     @property
     def rank(self) -> tuple[int, int]:

@@ -7,7 +7,7 @@ whether it was drafted (ADR 0006).  Shape letters: V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -55,7 +55,28 @@ def sample(
         token = first_argmax(adjusted_V)
     else:
         token = race(distribution(adjusted_V, params), seed, position)
-    return token, {} if params.logprobs is None else _logprobs(logits_V, token, params.logprobs)
+    return token, {} if params.logprobs is None else logprobs(logits_V[None], [token], params.logprobs)[0]
+
+
+def logprobs(logits_NV: Tensor, tokens: Sequence[int], num_top: int) -> list[dict[int, float]]:
+    """For each row the log-probability of its token, then the `num_top` greatest ones, of equals the lowest id first.
+
+    Computed in float32, each row by itself: a row's values do not depend on the others.
+    """
+    log_NV = logits_NV.float().log_softmax(-1)
+    own_N = log_NV.gather(1, torch.tensor(tokens, device=log_NV.device)[:, None])[:, 0]
+    found = [{token: value} for token, value in zip(tokens, own_N.tolist(), strict=True)]
+    if num_top:
+        num_top = min(num_top, log_NV.shape[1])
+        row, at = (log_NV >= log_NV.topk(num_top).values[:, -1:]).nonzero(as_tuple=True)
+        value = log_NV[row, at]
+        order = value.sort(descending=True, stable=True).indices
+        order = order[row[order].sort(stable=True).indices]
+        counts = [0] * len(found)
+        for r, token, v in zip(row[order].tolist(), at[order].tolist(), value[order].tolist(), strict=True):
+            if counts[r] < num_top:
+                found[r][token], counts[r] = v, counts[r] + 1
+    return found
 
 
 def not_finite(position: int, best: float) -> EngineError:
@@ -165,12 +186,3 @@ def race(probs_V: Tensor, seed: int, position: int) -> int:
 
 def _time(u: np.ndarray, p: np.ndarray, i: np.intp) -> float:
     return -math.log1p(-float(u[i])) / float(p[i])
-
-
-def _logprobs(logits_V: Tensor, token: int, num_top: int) -> dict[int, float]:
-    log_V = logits_V.float().log_softmax(-1)
-    top: list[int] = []
-    if num_top:
-        least = float(log_V.topk(min(num_top, log_V.numel())).values[-1])
-        top = _ordered(log_V, least)[:num_top].tolist()
-    return {t: float(log_V[t]) for t in [token, *top]}
