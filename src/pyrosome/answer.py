@@ -47,6 +47,8 @@ class TokenLog:
 class Reader(Protocol):
     """Reads one completion.  After `Ended`, or once it `is_over`, `done` is the whole of it."""
 
+    ids: list[int]  # the tokens read, as the model wrote them, without the end token
+
     @property
     def is_over(self) -> bool: ...
     def feed(self, event: TokenEvent) -> list[tuple[Event, list[TokenLog]]]: ...

@@ -13,16 +13,15 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import httpx2 as httpx
-import uvicorn
 
 from pyrosome.chat import Tokenizer
 from pyrosome.checkpoint.index import open_checkpoint
-from pyrosome.engine.request import Ended, Progress, Request, Reuse, Timeline, TokenEvent
+from pyrosome.engine.request import Ended, Progress, PromptLogprobs, Request, Reuse, Timeline, TokenEvent
 from pyrosome.engine.stats import Stats
 from pyrosome.engine.worker import EngineThread
 from pyrosome.errors import EngineError, RequestError
 from pyrosome.options import EngineOptions, ServerOptions
-from pyrosome.server.app import make_app
+from pyrosome.server.run import Server, config_of
 from pyrosome.server.service import READY, Service
 
 MODEL = "builtin:nano"
@@ -107,6 +106,8 @@ class ScriptedEngine:
             done = len(request.ids) * (self.prompt_steps - state["prompt"]) // self.prompt_steps
             return [Progress(name, done, len(request.ids))] if request.progress else []
         at, events = state["at"], []
+        if at == 0 and request.params.prompt_logprobs is not None:
+            events += _prompt_logprobs(request)
         state["at"] += 1
         reuse = Reuse(len(request.ids), reused_tokens=min(3, len(request.ids) - 1)) if at == 0 else None
         for index in sorted(state["open"]):
@@ -142,11 +143,18 @@ class ScriptedEngine:
         pass
 
 
+def _prompt_logprobs(request: Request) -> list[PromptLogprobs]:
+    """In two pieces: of the token at position p -p/8, and one other."""
+    each = [{t: -p / 8} | ({5: -2.0} if request.params.prompt_logprobs else {}) for p, t in enumerate(request.ids)][1:]
+    half = len(each) // 2
+    return [PromptLogprobs(request.id, 1, each[:half]), PromptLogprobs(request.id, 1 + half, each[half:])]
+
+
 @contextlib.contextmanager
 def running(service: Service, **uvicorn_options: Any) -> Iterator[str]:
     """The service behind a real socket; its base URL, once it is ready."""
-    config = uvicorn.Config(make_app(service), host="127.0.0.1", port=0, log_level="warning", **uvicorn_options)
-    server = uvicorn.Server(config)
+    config = config_of(service, host="127.0.0.1", port=0, **uvicorn_options)
+    server = Server(config, service, needs_engine=False)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     try:

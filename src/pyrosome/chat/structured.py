@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from reprlib import repr as shown
 from typing import Any
 
 from pyrosome.errors import RequestError
@@ -22,7 +23,7 @@ def structured(body: dict[str, Any]) -> tuple[str, str] | None:
     if given is not None:
         if not isinstance(given, dict):
             raise RequestError(
-                f"structured_outputs is {_short(given)}; an object with one of {', '.join(KINDS)} was expected"
+                f"structured_outputs is {shown(given)}; an object with one of {', '.join(KINDS)} was expected"
             )
         if given.get("structural_tag") is not None:
             raise RequestError("structured_outputs.structural_tag is not supported; declare tools, or send a grammar")
@@ -41,7 +42,7 @@ def structured(body: dict[str, Any]) -> tuple[str, str] | None:
     if kind == "choice":
         return "lark", _choice(name, value)
     if not isinstance(value, str):
-        raise RequestError(f"{name} is {_short(value)}; text was expected")
+        raise RequestError(f"{name} is {shown(value)}; text was expected")
     return ("regex", value) if kind == "regex" else ("lark", _lark(name, value))
 
 
@@ -52,13 +53,16 @@ def _schema(name: str, value: Any) -> str:
         except ValueError as error:
             raise RequestError(f"{name} is text that is not JSON: {error}") from None
     if not isinstance(value, dict | bool):
-        raise RequestError(f"{name} is {_short(value)}; a JSON Schema was expected")
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+        raise RequestError(f"{name} is {shown(value)}; a JSON Schema was expected")
+    try:
+        return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    except RecursionError:
+        raise RequestError(f"{name} is nested too deep") from None
 
 
 def _choice(name: str, value: Any) -> str:
     if not isinstance(value, list) or not value or not all(isinstance(v, str) and v for v in value):
-        raise RequestError(f"{name} is {_short(value)}; a list of texts, none of them empty, was expected")
+        raise RequestError(f"{name} is {shown(value)}; a list of texts, none of them empty, was expected")
     return "start: " + " | ".join(json.dumps(v, ensure_ascii=False) for v in value)
 
 
@@ -70,8 +74,3 @@ def _lark(name: str, value: str) -> str:
         return str(any_to_lark(value))
     except Exception as error:  # whatever its parser stumbles over
         raise RequestError(f"{name} cannot be read as a grammar: {error}") from None
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 80 else text[:77] + "..."
