@@ -152,7 +152,7 @@ class Exchange:
             self._ticket = await self._service.door.enter(
                 asked.caller, self.id, len(asked.request.ids), asked.request.params.max_tokens * len(self._left)
             )
-            self._stream, self._submitted = engine.submit(asked.request), time.monotonic()
+            self._stream, self._submitted = engine.submit(await self.prepared()), time.monotonic()
             await self._accepted(self._stream)
         except BaseException as error:
             self.outcome.status = "error"
@@ -161,6 +161,10 @@ class Exchange:
             raise
         for watcher in self._service.watchers:
             watcher.taken(self)
+
+    async def prepared(self) -> Request:
+        """The request as the engine gets it, once it is admitted."""
+        return self.asked.request
 
     @property
     def limit_headers(self) -> dict[str, str]:

@@ -118,6 +118,14 @@ async def chat_exchange(
     request: Request, body: dict[str, Any], caller: Caller, protocol: str, id_prefix: str, **changes: Any
 ) -> tuple[Prompt, Exchange]:
     """An exchange for a chat request in one of the template's protocols, not opened yet."""
+    prompt, asked = await chat_asked(request, body, caller, protocol, id_prefix, **changes)
+    return prompt, Exchange(service_of(request), asked)
+
+
+async def chat_asked(
+    request: Request, body: dict[str, Any], caller: Caller, protocol: str, id_prefix: str, **changes: Any
+) -> tuple[Prompt, Asked]:
+    """A chat request as it is understood, in one of the template's protocols."""
     service = service_of(request)
     model = service.name_for(body.get("model"))
     prompt = await service.render(body, protocol)
@@ -128,9 +136,7 @@ async def chat_exchange(
         **{"salt": salt, "progress": True, "priority": priority_of(body), **changes},
     )  # fmt: skip
     readers = tuple(ChatReader(service.chat, prompt, service.card.end_token) for _ in range(params.n))
-    return prompt, Exchange(
-        service, Asked(asked, readers, caller, request.url.path, protocol, model, prompt.mode, body)
-    )
+    return prompt, Asked(asked, readers, caller, request.url.path, protocol, model, prompt.mode, body)
 
 
 def salt_of(caller: Caller, body: dict[str, Any]) -> str:
