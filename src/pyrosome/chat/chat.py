@@ -248,10 +248,9 @@ class _Request:
     def sampling(self, wishes: Wishes) -> Sampling:
         options = self._converted.inference_options
         official = {"temperature": _shortest(options.temperature), "top_p": _shortest(options.top_p)}
-        values = official | wishes.sampling
+        values = official | {"seed": options.seed} | wishes.sampling
         return Sampling(
             max_tokens=options.max_tokens,
-            seed=options.seed,
             logprobs=options.logprobs,
             top_logprobs=options.top_logprobs,
             **values,
@@ -268,6 +267,15 @@ class _Request:
             if isinstance(wishes.forced_tools, str):
                 chosen = [t for t in json.loads(schema) if t["function"]["name"] == wishes.forced_tools]
                 schema = json.dumps(chosen, ensure_ascii=False, separators=(",", ":"))
+        if wishes.bound and kind is None:
+            kind, schema = wishes.bound
+        elif wishes.bound and (kind != "tool_call" or wishes.bound[0] != "json"):
+            raise InvalidRequest(
+                "an answer that may be a tool call can be bound to a JSON Schema, and a required call to nothing else; "
+                "send tool_choice none, or no schema or grammar"
+            )
+        elif wishes.bound:
+            answer = wishes.bound[1]
         if kind is None:
             return None
         return Constraint(kind, schema, after_reasoning, wishes.parallel, answer if kind == "tool_call" else None)

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from pyrosome.chat.carried import carried
+from pyrosome.chat.structured import structured
 from pyrosome.errors import RequestError
 
 Body = dict[str, Any]
@@ -43,6 +44,7 @@ class Wishes:
     keep_reasoning: bool = False
     json_object: bool = False
     json_schema: Any = None
+    bound: tuple[str, str] | None = None  # the kind and schema of a constraint the prompt says nothing of
     lower_max_tokens: bool = False  # to what the context has room for, instead of refusing
 
 
@@ -58,6 +60,8 @@ def official(body: Body, protocol: str, *, thinks_by_default: bool) -> tuple[Bod
     # What the official API does not know, or refuses; the range checks of all the others are its own.
     for name in ("top_k", "min_p", "repetition_penalty", "n"):
         body.pop(name, None)
+    if isinstance(body.get("seed"), int) and body["seed"] < 0:
+        wishes.sampling["seed"] = body.pop("seed")
     _PROTOCOLS[protocol](body, wishes)
     _modes(body, protocol, thinks_by_default)
     return body, wishes
@@ -88,6 +92,9 @@ def _chat(body: Body, wishes: Wishes) -> None:
         function = choice.get("function")
         if isinstance(function, dict) and isinstance(function.get("name"), str):
             wishes.forced_tools = function["name"]
+    wishes.bound = structured(body)
+    if wishes.bound and body.get("response_format", {"type": "text"}) != {"type": "text"}:
+        raise InvalidRequest("response_format was sent beside another schema or grammar; an answer is bound to one")
     if body.get("response_format") == {"type": "json_object"}:
         wishes.json_object = True
         del body["response_format"]
