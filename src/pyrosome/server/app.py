@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse, Response
 
 from pyrosome import __version__
 from pyrosome.errors import PyrosomeError
-from pyrosome.server import access_log, metrics_routes, models, openai_chat
+from pyrosome.server import access_log, metrics_routes, models, openai_chat, openai_text
 from pyrosome.server.problems import Problem, Refused, problem_of, shape_of
 from pyrosome.server.service import READY, Service
 
@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 
 ROUTERS = (
     openai_chat.router,
+    openai_text.router,
     models.router,
 )
 
