@@ -50,7 +50,7 @@ def router() -> APIRouter:
         return await answered(exchange, shape, stream=prompt.stream, mode=prompt.mode)
 
     async def render(request: Request) -> Response:
-        return await rendered(request, "chat_completions")
+        return await rendered(request, "chat_completions", chat_form)
 
     for suffix, route, summary, ok in (
         ("/chat/completions", create, "Answer a conversation", CHAT_ANSWER),

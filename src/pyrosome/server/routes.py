@@ -92,7 +92,7 @@ def params_of(service: Service, prompt: Prompt, body: dict[str, Any]) -> Samplin
     if prompt.sampling.seed is None:
         changes["seed"] = random.getrandbits(SEED_BITS)
     if not service.chat.compat:
-        for name in ("stop_token_ids", "ignore_eos", "max_repeats", "n"):
+        for name in ("stop_token_ids", "ignore_eos", "max_repeats", "n", "prompt_logprobs"):
             if body.get(name) is not None:
                 changes[name] = body[name]
         budget = thinking_budget(body)
@@ -177,11 +177,19 @@ async def answered(exchange: Exchange | Group, shape: Shape, *, stream: bool, mo
     return Reply(exchange, shape, stream=stream, headers=headers)
 
 
-async def rendered(request: Request, protocol: str) -> Response:
-    """What a body would be rendered to: `{prompt, token_ids, sampling}`; nothing is generated."""
+async def rendered(
+    request: Request, protocol: str, check: Callable[[Service, dict[str, Any]], object] | None = None
+) -> Response:
+    """What a body would be rendered to: `{prompt, token_ids, sampling}`; nothing is generated.
+
+    Args:
+        check: raises what the generating route would find wrong with the body beside the template's reading.
+    """
     caller = await caller_of(request, GENERATE)
     body = await body_of(request)
     service = service_of(request)
+    if check:
+        check(service, body)
     service.name_for(body.get("model"))
     prompt = await service.render(body, protocol)
     params = params_of(service, prompt, body)
