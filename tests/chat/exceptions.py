@@ -50,6 +50,7 @@ DEFAULT_MANNER = {
     "msg_redacted": "redacted thoughts are left out",
     "msg_json_schema": "output_config.format is kept to",
     "resp_tools_required_think": "a required tool can be had after thinking",
+    "resp_err_prev": "a previous response is not kept, and an answer without it would be another one",
 }
 
 # Cases of parse where the official parser's answer is of no use.

@@ -120,6 +120,29 @@ def test_a_call_without_arguments_may_leave_them_out():
     assert turn() == turn(input=None) == turn(input={})
 
 
+@pytest.mark.parametrize("strict", [(False, False), (True, False), (None, True)])
+def test_some_tools_may_be_strict_and_others_not(strict):
+    def named(protocol):
+        for tool, flag in zip(TOOLS, strict, strict=True):
+            flags = {} if flag is None else {"strict": flag}
+            if protocol == "chat_completions":
+                yield {"type": "function", "function": {**tool, **flags}}
+            elif protocol == "messages":
+                yield {"name": tool["name"], "input_schema": tool["parameters"], **flags}
+            else:
+                yield {"type": "function", **tool, **flags}
+
+    for protocol in ("chat_completions", "messages", "responses"):
+        body = {"input" if protocol == "responses" else "messages": [ASK], "tools": list(named(protocol))}
+        prompt = chat().render(body, protocol)
+        assert [t.name for t in prompt.tools] == [t["name"] for t in TOOLS]
+        if len(set(map(bool, strict))) == 2:
+            assert [t.parameters for t in prompt.tools] == [t["parameters"] for t in TOOLS]
+    space = {"type": "namespace", "name": "n", "description": "", "tools": [{**FUNCTIONS[0], "strict": strict[0]}]}
+    prompt = responses(ASK, tools=[space, {**FUNCTIONS[1], "strict": strict[1]}, PATCH_TOOL])
+    assert len(prompt.tools) == 3
+
+
 # Modes and lengths
 
 

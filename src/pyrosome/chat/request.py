@@ -14,12 +14,21 @@ from typing import Any
 
 from pyrosome.chat.carried import carried
 from pyrosome.chat.structured import structured
+from pyrosome.chat.tool_bodies import allowed, equally_strict, without_custom, without_free_text
 from pyrosome.errors import RequestError
 
 Body = dict[str, Any]
 _SAMPLING = (
     "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty",
 )  # fmt: skip
+
+# What needs a server that keeps responses, and what to do instead.
+_KEPT = {
+    "previous_response_id": "send the whole conversation as input",
+    "conversation": "send the whole conversation as input",
+    "prompt": "send instructions and input",
+    "background": "send background: false, and wait for the answer",
+}
 
 
 class InvalidRequest(RequestError):
@@ -63,6 +72,8 @@ def official(body: Body, protocol: str, *, thinks_by_default: bool) -> tuple[Bod
     if isinstance(body.get("seed"), int) and body["seed"] < 0:
         wishes.sampling["seed"] = body.pop("seed")
     _PROTOCOLS[protocol](body, wishes)
+    if isinstance(body.get("tools"), list):
+        body["tools"] = equally_strict(body["tools"])
     _modes(body, protocol, thinks_by_default)
     return body, wishes
 
@@ -165,17 +176,22 @@ def _as_text(arguments: Any) -> Any:
 
 
 def _responses(body: Body, wishes: Wishes) -> None:
+    for name, instead in _KEPT.items():
+        if body.get(name) not in (None, False):
+            raise InvalidRequest(f"{name} needs responses that are kept, and none is kept here; {instead}")
+    include = body.get("include")
+    if isinstance(include, list) and "message.output_text.logprobs" in include:
+        body.setdefault("top_logprobs", 0)
     wishes.parallel = body.get("parallel_tool_calls") is not False
     reasoning = body.get("reasoning", {})
     if _is_off(body.get("thinking")) and isinstance(reasoning, dict) and reasoning.get("effort") is None:
         body["reasoning"] = {**reasoning, "effort": "none"}
-    if isinstance(body.get("tools"), list):
-        body["tools"] = [_response_tool(t) for t in body["tools"]]
     choice = body.get("tool_choice")
     if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
-        allowed = [t.get("name") for t in _list(choice.get("tools")) if isinstance(t, dict)]
-        body["tools"] = [t for t in _list(body.get("tools")) if isinstance(t, dict) and t.get("name") in allowed]
+        body["tools"] = allowed(body.get("tools"), choice.get("tools"))
         body["tool_choice"] = choice = choice.get("mode", "auto")
+    if isinstance(body.get("tools"), list):
+        body["tools"] = [without_free_text(t) for t in body["tools"]]
     if choice == "required":
         wishes.forced_tools = True
     elif isinstance(choice, dict) and isinstance(choice.get("name"), str):
@@ -194,21 +210,6 @@ def _responses(body: Body, wishes: Wishes) -> None:
         lambda i: i.get("call_id") if i.get("type") in outputs else None,
         one_turn_each=False,
     )
-
-
-def _response_tool(tool: Any) -> Any:
-    """A tool of free text as a function of one text; the official API knows `apply_patch` alone."""
-    if not isinstance(tool, dict) or tool.get("type") != "custom" or tool.get("name") == "apply_patch":
-        return tool
-    parts = [tool["description"]] if isinstance(tool.get("description"), str) else []
-    form = tool.get("format")
-    if isinstance(form, dict) and isinstance(form.get("definition"), str):
-        parts.append(f"The input follows this {form.get('syntax', '')} grammar:\n{form['definition']}")
-    schema = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"],
-              "additionalProperties": False}  # fmt: skip
-    return {
-        "type": "function", "name": tool.get("name"), "description": "\n\n".join(parts), "parameters": schema,
-    }  # fmt: skip
 
 
 def _response_item(item: Body) -> Body:
@@ -233,11 +234,8 @@ def _messages(body: Body, wishes: Wishes) -> None:
     form = output.get("format") if isinstance(output, dict) else None
     if isinstance(form, dict) and form.get("type") == "json_schema":
         wishes.json_schema = form.get("schema")
-    if isinstance(body.get("tools"), list):  # "custom" is the name of a client's own tools, as of those without a type
-        body["tools"] = [
-            {k: v for k, v in t.items() if k != "type"} if isinstance(t, dict) and t.get("type") == "custom" else t
-            for t in body["tools"]
-        ]
+    if isinstance(body.get("tools"), list):
+        body["tools"] = [without_custom(t) for t in body["tools"]]
     wishes.lower_max_tokens = True
     messages = body.get("messages")
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
