@@ -32,7 +32,8 @@ class SamplingParams:
     n: int = 1  # completions of one prompt, which is computed once
     max_thinking_tokens: int | None = None  # then reasoning is closed; None: no limit of its own
     max_repeats: int | None = None  # end when the last tokens are one passage so many times over; None: never
-    prompt_logprobs: int | None = None  # report the prompt's own tokens, and this many top ones beside each
+    # Report the prompt's own tokens from the second on, and this many top ones beside each; all of it is computed then.
+    prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
         require_integer("max_tokens", self.max_tokens, 1)
@@ -162,6 +163,7 @@ class ServerOptions:
     deadline_s: float = 0.0  # a request may take so long from its arrival to its end; 0: as long as it takes
     drain_s: float = 60.0  # at shutdown, what runs may go on so long
     cors: tuple[str, ...] = ()  # origins whose pages may call from a browser
+    hosts: tuple[str, ...] = ()  # names it may be called by where no key is needed, besides addresses and its own
     keys: str = "auto"  # "auto" (asked for on any address but loopback), "required" or "off"
     sign_up: bool = False  # whoever has an invite code may make an account
     state_path: str = ""  # a folder for keys, usage and saved sessions; "": the user's own
@@ -186,7 +188,7 @@ class ServerOptions:
         if len(self.prices) != 3 or not all(0 <= p <= MAX_PRICE for p in self.prices):
             raise RequestError(f"prices is {self.prices!r}; three integers from 0 to {MAX_PRICE} were expected")
         require_integer("usage_days", self.usage_days, 0)
-        for name in ("names", "cors"):
+        for name in ("names", "cors", "hosts"):
             object.__setattr__(self, name, _items(name, getattr(self, name), str))
         if bool(self.tls_certificate) != bool(self.tls_key):
             raise RequestError("TLS needs both a certificate and its key; give tls_certificate and tls_key")

@@ -154,7 +154,7 @@ def _prompt_logprobs(request: Request) -> list[PromptLogprobs]:
 def running(service: Service, **uvicorn_options: Any) -> Iterator[str]:
     """The service behind a real socket; its base URL, once it is ready."""
     config = config_of(service, host="127.0.0.1", port=0, **uvicorn_options)
-    server = Server(config, service, needs_engine=False)
+    server = Server(config, service, owns_process=False)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     try:

@@ -58,7 +58,13 @@ class Ticket(Protocol):
 
 
 class Door(Protocol):
-    """Who is let in."""
+    """Who is let in.
+
+    Attributes:
+        is_needed: nobody comes in without a key.
+    """
+
+    is_needed: bool
 
     async def caller(self, presented: str | None) -> Caller:
         """Whose key that is.
@@ -80,6 +86,8 @@ class Door(Protocol):
 
 class OpenDoor:
     """Everybody is let in, and nothing is written down."""
+
+    is_needed = False
 
     async def caller(self, presented: str | None) -> Caller:
         """Anybody."""

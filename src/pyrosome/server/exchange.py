@@ -79,6 +79,7 @@ class Outcome:
     prompt_logprobs: list[dict[int, float]] = dataclasses.field(default_factory=list)
     arrived: float = 0.0  # of time.monotonic
     first_token: float | None = None
+    first_token_estimate_s: float = 0.0  # from its opening, made where there is a deadline; 0: not known
     ended: float = 0.0
 
     @property
@@ -131,7 +132,6 @@ class Exchange:
         self._settling: asyncio.Task[None] | None = None
         self._submitted = 0.0  # of time.monotonic
         self._deadline, self._deadline_s = arrival.of_this_request().until(service.options.deadline_s)
-        self.first_token_estimate_s = 0.0  # made where there is a deadline; 0: not known
         self._write_s = service.options.write_s
         self.error_shape = shape_of(asked.path)
 
@@ -249,7 +249,7 @@ class Exchange:
         left = self._deadline - time.monotonic()
         if left <= 0:
             raise self._too_late("it had not begun")
-        self.first_token_estimate_s = await arrival.first_token_s(self._service, self.asked.request, left)
+        self.outcome.first_token_estimate_s = await arrival.first_token_s(self._service, self.asked.request, left)
 
     async def _accepted(self, stream: AsyncEventStream) -> None:
         try:

@@ -32,9 +32,7 @@ class Reply(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """As ASGI has it."""
-        work = asyncio.create_task(
-            (self._streamed if self._stream else self._whole)(_Out(send, self._exchange.write_s))
-        )
+        work = asyncio.create_task((self._streamed if self._stream else self._whole)(_Out(send, self._exchange)))
         gone = asyncio.create_task(_until_gone(receive))
         try:
             await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
@@ -103,8 +101,8 @@ class Reply(Response):
 class _Out:
     """Sends; a client that does not read for so long is given up."""
 
-    def __init__(self, send: Send, seconds: float) -> None:
-        self._send, self._seconds, self.has_begun = send, seconds, False
+    def __init__(self, send: Send, exchange: Exchange | Group) -> None:
+        self._send, self._exchange, self.has_begun = send, exchange, False
 
     async def start(self, status: int, headers: Mapping[str, Any]) -> None:
         raw = [(k.lower().encode("latin-1"), str(v).encode("latin-1", "replace")) for k, v in headers.items()]
@@ -119,7 +117,7 @@ class _Out:
     async def _timed(self, message: dict[str, Any]) -> None:
         began = time.monotonic()
         try:
-            async with asyncio.timeout(self._seconds):
+            async with asyncio.timeout(self._exchange.write_s):
                 await self._send(message)
         except TimeoutError:
             log.warning("a client read nothing for %.0f s and is given up", time.monotonic() - began)

@@ -128,8 +128,8 @@ async def chat_asked(
     """A chat request as it is understood, in one of the template's protocols."""
     service = service_of(request)
     model = service.name_for(body.get("model"))
-    prompt = await service.render(body, protocol)
     salt = salt_of(caller, body)
+    prompt = await service.render(body, protocol, salt)
     params = params_of(service, prompt, body)
     asked = chat_request(
         service.new_id(id_prefix), prompt, service.chat, params, context=service.card.context_tokens,
@@ -173,6 +173,8 @@ async def answered(exchange: Exchange | Group, shape: Shape, *, stream: bool, mo
     headers = {"x-request-id": exchange.id, "x-pyrosome-mode": mode, **exchange.limit_headers}
     if (seed := exchange.outcome.seed) is not None:
         headers["x-pyrosome-seed"] = str(seed)
+    if estimate := exchange.outcome.first_token_estimate_s:
+        headers["x-pyrosome-first-token-estimate-ms"] = f"{estimate * 1000:.0f}"
     headers["x-pyrosome-fingerprint"] = exchange.outcome.fingerprint[:16]
     return Reply(exchange, shape, stream=stream, headers=headers)
 
@@ -191,7 +193,7 @@ async def rendered(
     if check:
         check(service, body)
     service.name_for(body.get("model"))
-    prompt = await service.render(body, protocol)
+    prompt = await service.render(body, protocol, salt_of(caller, body))
     params = params_of(service, prompt, body)
     constraint = dataclasses.asdict(prompt.constraint) if prompt.constraint else None
     return JSONResponse(

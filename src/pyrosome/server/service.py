@@ -22,6 +22,7 @@ from pyrosome.options import EngineOptions, ServerOptions
 from pyrosome.server.caller import Door, OpenDoor
 from pyrosome.server.gate import Gate, Pace
 from pyrosome.server.problems import Problem, Refused
+from pyrosome.server.replay import Replay
 
 if TYPE_CHECKING:
     from pyrosome.server.exchange import Exchange, Outcome
@@ -100,10 +101,13 @@ class Service:
         self.door: Door = door or OpenDoor()
         self.gate = Gate(self.engine_options.max_sequences, self.options.max_queue)
         self.pace = Pace()
-        self.watchers: list[Watcher] = []
-        self.state, self.reason = LOADING, ""
+        # The official manner's prompts are the official ones to the last id.
+        self.replay = None if self.chat.compat else Replay(self.chat)
+        self.watchers: list[Watcher] = [self.replay] if self.replay else []
+        self._state, self._reason = LOADING, ""
         self.exchanges: dict[str, Exchange] = {}  # those that run
-        self.closers: list[Callable[[], object]] = []  # of what else is open, called at the end
+        # Of what else is open, called at the end.
+        self.closers: list[Callable[[], object]] = [self.replay.close] if self.replay else []
         self.hurry = asyncio.Event()  # set: what runs is ended at once when the server closes
         self.driver: Driver | None = None  # of the engine, once it is there
         self._make_driver = make_driver
@@ -125,9 +129,9 @@ class Service:
             )
             self.chat.context_tokens = about["max_context"]
             self._engine, self.driver = engine, driver
-            self.state = READY if self.state == LOADING else self.state
+            self._state = READY if self._state == LOADING else self._state
         except Exception as error:
-            self.state, self.reason = FAILED, str(error) or type(error).__name__
+            self._state, self._reason = FAILED, str(error) or type(error).__name__
             raise
 
     @property
@@ -137,28 +141,29 @@ class Service:
         Raises:
             Refused: 503 while it is not there.
         """
-        state, reason = self.condition
-        if state == FAILED:
-            raise Refused(503, f"there is no engine: {reason}")
-        if state == RESTARTING:
+        if self.state == FAILED:
+            raise Refused(503, f"there is no engine: {self.reason}")
+        if self.state == RESTARTING:
             raise Refused(503, "the engine ended and is started again; try again in a moment", headers=SOON)
         if self._engine is None:
             raise Refused(503, "the model is being loaded; try again in a moment", headers=SOON)
         return self._engine
 
     @property
-    def condition(self) -> tuple[str, str]:
-        """What the service is doing now, and for `FAILED` why."""
-        driver = self.driver
-        if driver and driver.over and self.state != DRAINING:
-            return FAILED, driver.over
-        if driver and not driver.is_up and self.state == READY:
-            return RESTARTING, ""
-        return self.state, self.reason
+    def state(self) -> str:
+        """What the service is doing now."""
+        if self.driver and self._state == READY:
+            return FAILED if self.driver.over else READY if self.driver.is_up else RESTARTING
+        return self._state
+
+    @property
+    def reason(self) -> str:
+        """Why it has failed, where it has."""
+        return self._reason or (self.driver.over if self.driver else "")
 
     def begin_to_drain(self) -> None:
         """Take nothing new from now on."""
-        self.state = DRAINING
+        self._state = DRAINING
         self.gate.is_closing = True
 
     async def drain(self) -> None:
@@ -195,13 +200,20 @@ class Service:
         """An id nobody else has."""
         return f"{prefix}{self._mark}{next(self._numbers):08x}{secrets.token_hex(4)}"
 
-    async def render(self, body: dict[str, Any], protocol: str) -> Prompt:
+    async def render(self, body: dict[str, Any], protocol: str, salt: str = "") -> Prompt:
         """A request's prompt; rendering a long one holds nobody up.
+
+        Args:
+            salt: of whom what the model wrote is put back as it was written; see `Replay`.
 
         Raises:
             RequestError: what is wrong with the body.
         """
-        return await asyncio.to_thread(self.chat.render, self._with_default_effort(body, protocol), protocol)
+        return await asyncio.to_thread(self._rendered, self._with_default_effort(body, protocol), protocol, salt)
+
+    def _rendered(self, body: dict[str, Any], protocol: str, salt: str) -> Prompt:
+        prompt = self.chat.render(body, protocol)
+        return self.replay.put_back(salt, prompt) if self.replay else prompt
 
     def name_for(self, asked: object) -> str:
         """The model's name in an answer.
