@@ -9,13 +9,13 @@ from collections.abc import AsyncIterator
 
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from pyrosome import __version__
 from pyrosome.errors import PyrosomeError
-from pyrosome.server import access_log, metrics_routes, models, openai_chat, openai_text
-from pyrosome.server.problems import Problem, Refused, problem_of, shape_of
-from pyrosome.server.service import READY, Service
+from pyrosome.server import access_log, health, metrics_routes, models, openai_chat, openai_text, transport
+from pyrosome.server.problems import Problem, Refused, problem_of
+from pyrosome.server.service import Service
 
 log = logging.getLogger(__name__)
 
@@ -23,6 +23,7 @@ ROUTERS = (
     openai_chat.router,
     openai_text.router,
     models.router,
+    health.router,
 )
 
 
@@ -40,11 +41,12 @@ def make_app(service: Service) -> FastAPI:
             await service.close()
 
     app = FastAPI(title="pyrosome", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.router.redirect_slashes = False  # a path is brought in its plain form before it is looked for
     app.state.service = service
     for router in ROUTERS:
         app.include_router(router())
-    app.add_api_route("/health", _health, methods=["GET"], tags=["server"], summary="Ready to answer?")
     metrics_routes.install(app, service)
+    transport.install(app, service)
     access_log.install(app, service)
     app.add_exception_handler(PyrosomeError, _problem)
     app.add_exception_handler(HTTPException, _http)
@@ -55,20 +57,13 @@ def make_app(service: Service) -> FastAPI:
 async def _load(service: Service) -> None:
     try:
         await service.start()
-    except PyrosomeError as error:
-        log.error("the model could not be loaded: %s", error)
-
-
-async def _health(request: Request) -> Response:
-    """200 once requests are answered; 503 while the model is loaded, while the server closes, or when it failed."""
-    service: Service = request.app.state.service
-    body = {"status": service.state, "ready": service.state == READY, "alive": True, "model": service.card.name}
-    return JSONResponse(body, 200 if service.state == READY else 503)
+    except Exception as error:
+        known = isinstance(error, PyrosomeError)
+        log.error("the model could not be loaded: %s", error, exc_info=None if known else error)
 
 
 async def _problem(request: Request, error: Exception) -> Response:
-    problem = problem_of(error)
-    return _answer(request, problem)
+    return _answer(request, problem_of(error, request.state.request_id))
 
 
 async def _http(request: Request, error: Exception) -> Response:
@@ -79,6 +74,4 @@ async def _http(request: Request, error: Exception) -> Response:
 
 
 def _answer(request: Request, problem: Problem) -> Response:
-    for watcher in request.app.state.service.watchers:
-        watcher.refused(request.url.path, problem)
-    return JSONResponse(problem.body(shape_of(request.url.path)), problem.status, dict(problem.headers))
+    return transport.refusal(request.app.state.service, request.url.path, problem)
