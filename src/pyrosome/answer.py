@@ -60,11 +60,13 @@ class ChatReader:
     """Thoughts, answer and tool calls.  Whatever follows complete calls or a stop string need not be computed.
 
     Attributes:
+        prompt: what is answered.
         ids: the tokens read, as the model wrote them, without the end token.
         reads_calls: whether tool calls are looked for; where they are not, their markup is text like any other.
     """
 
     def __init__(self, chat: Chat, prompt: Prompt, end_token: int) -> None:
+        self.prompt = prompt
         self._parser, self.reads_calls = chat.parser(prompt), prompt.parse_tools
         self._end_token, self._num_prompt = end_token, len(prompt.ids)
         marks = [chat.tokenizer.id_of(t) for t in (DSML, THINK_END)]
