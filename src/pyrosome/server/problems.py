@@ -58,6 +58,8 @@ class Problem:
         """The JSON body, in OpenAI's or Anthropic's shape."""
         kind, code, anthropic = _KINDS.get(self.status, _KINDS[400 if self.status < 500 else 500])
         if shape == ANTHROPIC:
+            if self.official:
+                return {"type": "error", **json.loads(self.official)}
             return {"type": "error", "error": {"type": anthropic, "message": self.message}}
         if self.official:
             found: dict[str, Any] = json.loads(self.official)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import abc
+import json
+import math
 from typing import Any
 
 import msgspec
@@ -14,11 +16,11 @@ _encoder = msgspec.json.Encoder()
 
 
 def as_json(value: Any) -> bytes:
-    """JSON bytes; a lone surrogate, which has no UTF-8 form, becomes U+FFFD."""
+    """JSON bytes; a lone surrogate, which has no UTF-8 form, becomes a question mark."""
     try:
         return _encoder.encode(value)
-    except UnicodeEncodeError:
-        return _encoder.encode(_clean(value))
+    except (UnicodeEncodeError, OverflowError):  # the encoder writes no integer of more than 64 bits
+        return json.dumps(_clean(value), ensure_ascii=False, separators=(",", ":")).encode()
 
 
 def frame(value: Any, event: str = "") -> bytes:
@@ -73,4 +75,4 @@ def _clean(value: Any) -> Any:
         return {_clean(k): _clean(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [_clean(v) for v in value]
-    return value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
