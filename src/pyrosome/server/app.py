@@ -13,7 +13,17 @@ from starlette.responses import Response
 
 from pyrosome import __version__
 from pyrosome.errors import PyrosomeError
-from pyrosome.server import access_log, health, metrics_routes, models, openai_chat, openai_text, transport
+from pyrosome.server import (
+    access_log,
+    anthropic,
+    health,
+    metrics_routes,
+    models,
+    openai_chat,
+    openai_text,
+    responses,
+    transport,
+)
 from pyrosome.server.problems import Problem, Refused, problem_of
 from pyrosome.server.service import Service
 
@@ -22,6 +32,8 @@ log = logging.getLogger(__name__)
 ROUTERS = (
     openai_chat.router,
     openai_text.router,
+    anthropic.router,
+    responses.router,
     models.router,
     health.router,
 )
