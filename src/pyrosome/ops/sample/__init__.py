@@ -71,7 +71,6 @@ def logprobs(logits_NV: Tensor, tokens: Sequence[int], num_top: int) -> list[dic
         row, at = (log_NV >= log_NV.topk(num_top).values[:, -1:]).nonzero(as_tuple=True)
         value = log_NV[row, at]
         order = value.sort(descending=True, stable=True).indices
-        order = order[row[order].sort(stable=True).indices]
         counts = [0] * len(found)
         for r, token, v in zip(row[order].tolist(), at[order].tolist(), value[order].tolist(), strict=True):
             if counts[r] < num_top:
