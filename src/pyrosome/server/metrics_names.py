@@ -95,7 +95,7 @@ def _vllm(
 METRICS = (
     # vLLM's
     _vllm("num_requests_running", GAUGE, "completions", "Completions in the cache, that are being computed"),
-    _vllm("num_requests_waiting", GAUGE, "completions", "Completions that wait for room in the cache, set aside or new"),
+    _vllm("num_requests_waiting", GAUGE, "completions", "Completions that wait for room in the cache, or for it again"),
     _vllm(
         "kv_cache_usage_perc", GAUGE, "share, 0 to 1",
         "History pages in use, as a share of all; those of prefixes kept for reuse are in use",
@@ -114,7 +114,7 @@ METRICS = (
         "Tokens of drafts that were accepted, by position in the draft from 0", ("position",),
     ),
     _vllm(
-        "time_to_first_token_seconds", HISTOGRAM, "s", "From a request's arrival to its first token in the server",
+        "time_to_first_token_seconds", HISTOGRAM, "s", "From when a request was read to its first token in the server",
         buckets=FIRST_TOKEN_S,
     ),
     _vllm(
@@ -126,9 +126,9 @@ METRICS = (
         "request_time_per_output_token_seconds", HISTOGRAM, "s",
         "A request's decode time over its tokens after the first", buckets=TOKEN_S,
     ),
-    _vllm("e2e_request_latency_seconds", HISTOGRAM, "s", "From a request's arrival to its end", buckets=REQUEST_S),
+    _vllm("e2e_request_latency_seconds", HISTOGRAM, "s", "From when a request was read to its end", buckets=REQUEST_S),
     _vllm(
-        "request_queue_time_seconds", HISTOGRAM, "s", "From a request's arrival in the engine until it had room for it",
+        "request_queue_time_seconds", HISTOGRAM, "s", "From when the engine took a request until it had room for it",
         buckets=REQUEST_S,
     ),
     _vllm(

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
+from collections.abc import Callable
 
 from fastapi import APIRouter, FastAPI, Request
-from prometheus_client.exposition import choose_encoder
+from prometheus_client import exposition
+from prometheus_client.openmetrics import exposition as openmetrics
 from starlette.responses import JSONResponse, Response
 
 from pyrosome import __version__
@@ -50,12 +53,25 @@ def router() -> APIRouter:
     return routes
 
 
+def encoding_for(accept: str) -> tuple[Callable[[Metrics], bytes], str]:
+    """What writes metrics in the format that comes first in an `Accept` header, and its content type."""
+    for accepted in accept.split(","):
+        kind = accepted.partition(";")[0].strip().lower()
+        if kind == "application/openmetrics-text":
+            # Every name here is one in the old sense too: to escape none keeps the colon, which the default takes out.
+            encode = functools.partial(openmetrics.generate_latest, escaping=openmetrics.ALLOWUTF8)
+            return encode, openmetrics.CONTENT_TYPE_LATEST
+        if kind == "text/plain":
+            break
+    return exposition.generate_latest, exposition.CONTENT_TYPE_PLAIN_0_0_4
+
+
 async def _metrics(request: Request) -> Response:
     """In Prometheus' text format, or OpenMetrics where `Accept` asks for it; needs the scope `metrics`."""
     await caller_of(request, METRICS)
     metrics: Metrics = request.app.state.metrics
     await metrics.engine.refresh(WAIT_S)
-    encode, content_type = choose_encoder(",".join(request.headers.getlist("accept")))
+    encode, content_type = encoding_for(",".join(request.headers.getlist("accept")))
     # In a thread: to write hundreds of values takes longer than a token should wait.
     return Response(await asyncio.to_thread(encode, metrics), headers={"content-type": content_type})
 
