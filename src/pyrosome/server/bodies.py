@@ -10,6 +10,8 @@ from starlette.requests import ClientDisconnect, Request
 
 from pyrosome.server.problems import Refused
 
+MOST_VALUES = 4 << 20
+
 
 async def read_bytes(request: Request, most: int, seconds: float) -> bytes:
     """The whole body.
@@ -56,6 +58,9 @@ def object_of(body: bytes) -> dict[str, Any]:
     Raises:
         Refused: 400.
     """
+    # Each value takes a hundred bytes of memory, whatever it takes to write it.
+    if (count := sum(map(body.count, (b",", b"[", b"{")))) > MOST_VALUES:
+        raise Refused(400, f"the body has about {count:,} values, and up to {MOST_VALUES:,} are read")
     try:
         value = json.loads(body, parse_constant=_no_constant)
     except RecursionError:

@@ -170,8 +170,8 @@ class Connection(HttpToolsProtocol):
         self._is_reading_head = True
         self._feed(_UPGRADE.sub(b"", head))
         self._is_reading_head = False
-        if self._refusal:
-            self._refuse(self._refusal)
+        if self.state == HEAD:
+            self._refuse(self._refusal or Problem(400, "this is not understood as HTTP/1.1"))
 
     def _feed(self, data: bytes) -> None:
         try:
