@@ -23,7 +23,14 @@ from pyrosome.server.service import Service
 log = logging.getLogger("pyrosome.server.requests")
 
 LONGEST = 120  # characters of a path that are shown
-PROBES = ("/health", "/ping", "/metrics", "/load", "/version")  # asked every few seconds: lines at DEBUG
+PROBES = (
+    "/health",
+    "/health/live",
+    "/ping",
+    "/metrics",
+    "/load",
+    "/version",
+)  # asked every few seconds: lines at DEBUG
 
 _KEY = re.compile(r"(?i)\b(pyr|sk)-[^/]+")
 
