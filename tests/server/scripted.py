@@ -14,7 +14,7 @@ from typing import Any
 
 import httpx2 as httpx
 
-from pyrosome.chat import Tokenizer
+from pyrosome.chat import Chat, Tokenizer
 from pyrosome.checkpoint.index import open_checkpoint
 from pyrosome.engine.request import Ended, Progress, PromptLogprobs, Request, Reuse, Timeline, TokenEvent
 from pyrosome.engine.stats import Stats
@@ -49,6 +49,7 @@ class ScriptedEngine:
         requests: all that came.
         aborted: ids of those ended from outside.
         steps: so many were done.
+        at_once: tokens of each completion in a step.
         prompt_steps: steps that a prompt takes before its first token; each tells its progress where that is wanted.
         hold: while it is set, no step is done.
         fail: raises in the next step's request with this message, once.
@@ -60,6 +61,7 @@ class ScriptedEngine:
         self.aborted: list[str] = []
         self.steps = 0
         self.fail = ""
+        self.at_once = 1
         self.hold = threading.Event()
         self._open: dict[str, dict[str, Any]] = {}
         self._aborting: set[str] = set()
@@ -88,7 +90,8 @@ class ScriptedEngine:
         self.steps += 1
         events: list[Any] = []
         for name, state in list(self._open.items()):
-            events += self._advance(name, state)
+            for _ in range(self.at_once):
+                events += self._advance(name, state) if state["open"] else []
             if not state["open"]:
                 del self._open[name]
         self._aborting.clear()
@@ -169,11 +172,12 @@ def running(service: Service, **uvicorn_options: Any) -> Iterator[str]:
 
 @contextlib.contextmanager
 def scripted(
-    script: Script, *, options: ServerOptions | None = None, engine_options: EngineOptions | None = None, **engine: Any
+    script: Script, *, options: ServerOptions | None = None, engine_options: EngineOptions | None = None,
+    chat: Chat | None = None, **engine: Any,
 ) -> Iterator[tuple[httpx.Client, ScriptedEngine, Service]]:
     """A client of a server over a scripted engine, the engine, and the service."""
     said = ScriptedEngine(script, **engine)
-    service = Service(MODEL, options, engine_options, make_driver=lambda: EngineThread(said))
+    service = Service(MODEL, options, engine_options, make_driver=lambda: EngineThread(said), chat=chat)
     with running(service) as url, httpx.Client(base_url=url, timeout=30) as client:
         yield client, said, service
 
