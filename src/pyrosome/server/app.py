@@ -21,6 +21,7 @@ from pyrosome.server import (
     models,
     openai_chat,
     openai_text,
+    page,
     responses,
     transport,
 )
@@ -36,6 +37,7 @@ ROUTERS = (
     responses.router,
     models.router,
     health.router,
+    page.router,
 )
 
 
