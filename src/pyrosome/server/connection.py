@@ -140,12 +140,12 @@ class Connection(HttpToolsProtocol):
             super().on_body(body)
 
     def on_message_complete(self) -> None:
-        """The request is complete; it may have been answered before that."""
+        """The request is complete; where it was answered before that, this is its end."""
         if self._has_strayed or not self.cycle:
             return
         super().on_message_complete()
         if self.state == LINGER:
-            self._now(IDLE)  # the answer came first, and the connection was not said to end: another request may come
+            self.transport.close()
 
     def on_response_complete(self) -> None:
         """The answer is sent: wait for the next request, or let a client end what it is sending."""

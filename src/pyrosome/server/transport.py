@@ -7,6 +7,8 @@ send are refused while no key is needed.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import dataclasses
 import ipaddress
 import logging
@@ -30,6 +32,7 @@ from pyrosome.server.service import DRAINING, Service
 log = logging.getLogger(__name__)
 
 SAFE = ("GET", "HEAD", "OPTIONS")  # they change nothing, and a foreign page cannot read what they give
+DRAINED_BYTES, DRAINED_S = 1 << 20, 1.0  # of a body that nobody asked for, before its request is answered
 HELD_BODIES = 4  # so many of the largest bodies may be held at once, in bytes
 # For answers that do not say otherwise: what is not a page is shown as none, and kept by nobody.
 HEADERS = {
@@ -68,8 +71,8 @@ class Transport:
             await self._app(scope, receive, send)
             return
         request_id = self._service.new_id("req-")
-        reply = _Headed(send, request_id, is_last=self._service.state == DRAINING)
-        body = _Held(self, receive)
+        body = _Held(self, receive, Headers(scope=scope))
+        reply = _Headed(send, request_id, body, is_last=self._service.state == DRAINING)
         # A route that writes a body to disk as it comes calls `let_go` for what it holds no more.
         scope.setdefault("state", {}).update(request_id=request_id, let_go=body.let_go)
         mark = arrival.current.set(Arrival(request_id))
@@ -129,13 +132,14 @@ def refusal(service: Service, path: str, problem: Problem) -> JSONResponse:
 class _Headed:
     """Adds to each answer's head what all have."""
 
-    def __init__(self, send: Send, request_id: str, *, is_last: bool) -> None:
-        self._send, self._id, self._is_last, self.has_begun = send, request_id, is_last, False
+    def __init__(self, send: Send, request_id: str, body: _Held, *, is_last: bool) -> None:
+        self._send, self._id, self._body, self._is_last, self.has_begun = send, request_id, body, is_last, False
 
     async def send(self, message: Message) -> None:
         """As ASGI has it."""
         if message["type"] == "http.response.start":
             self.has_begun = True
+            await self._body.drain()
             headers = MutableHeaders(scope=message)
             for name, value in {"x-request-id": self._id, **HEADERS}.items():
                 headers.setdefault(name, value)
@@ -147,16 +151,28 @@ class _Headed:
 class _Held:
     """Counts a body's bytes for as long as its request is answered."""
 
-    def __init__(self, transport: Transport, receive: Receive) -> None:
+    def __init__(self, transport: Transport, receive: Receive, headers: Headers) -> None:
         self._transport, self._receive, self._bytes = transport, receive, 0
+        self._is_whole = headers.get("content-length", "0") == "0" and "transfer-encoding" not in headers
 
     async def receive(self) -> Message:
         """As ASGI has it."""
         message = await self._receive()
+        self._is_whole = self._is_whole or not message.get("more_body")
         if message["type"] == "http.request" and (size := len(message.get("body", b""))):
             self._bytes += size
             self._transport.hold(size)
         return message
+
+    async def drain(self) -> None:
+        """Take what is left of a body: a client that is answered before it has sent it loses its connection."""
+        size = 0
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(DRAINED_S):
+                while not self._is_whole and size < DRAINED_BYTES:
+                    message = await self._receive()
+                    self._is_whole = not message.get("more_body")
+                    size += len(message.get("body", b""))
 
     def let_go(self) -> None:
         """Those that came so far are held no more."""
