@@ -155,7 +155,7 @@ class Exchange:
             self._stream, self._submitted = engine.submit(await self.prepared()), time.monotonic()
             await self._accepted(self._stream)
         except BaseException as error:
-            self.outcome.status = "error"
+            self.outcome.status = "abort" if isinstance(error, asyncio.CancelledError) else "error"
             self.outcome.error = error if isinstance(error, PyrosomeError) else None
             await self.close()
             raise
