@@ -54,10 +54,10 @@ def test_a_stream_of_who_wants_to_know_of_its_prompt_gives_the_same_and_keeps_it
     stream = driver.submit(r)
     assert isinstance(next(stream), TokenEvent) and stream.prompt_logprobs == [{6: -0.25}, {7: -0.25}]
     stream.close()
-    heard = []
-    driver.add(r, heard.extend).result()
+    heard, again = [], dataclasses.replace(r, id="b")
+    driver.add(again, heard.extend).result()
     until(lambda: sum(isinstance(e, Ended) for e in heard) == 2)
-    assert heard[:3] == news(r) and not any(isinstance(e, News) for e in heard[3:])
+    assert heard[:3] == news(again) and not any(isinstance(e, News) for e in heard[3:])
 
 
 def test_streams_read_one_after_the_other_lose_nothing(place):
