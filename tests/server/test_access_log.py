@@ -84,7 +84,7 @@ def test_a_client_that_left_and_a_request_that_failed_have_their_lines(lines):
             answer = reply.iter_lines()
             next(answer)
             until(lambda: any(e.has_begun for e in service.exchanges.values()))
-        until(lines)
+        until(lambda: lines() and not engine.has_work)
         engine.fail = "it broke"
         assert client.post(PATH, json=BODY).status_code == 500
         until(lambda: len(lines()) == 2)

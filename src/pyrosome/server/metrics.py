@@ -9,7 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import accumulate
+from itertools import accumulate, product
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
@@ -54,8 +54,6 @@ _COUNTED = (
     "requests_total", "request_success_total", "refusals_total", "cancelled_total", "reasoning_tokens_total",
     "tool_calls_total", "dsml_leaks_total", "malformed_total", "empty_answers_total",
 )  # fmt: skip
-# Labels whose every value is shown from the start, so that a rate knows the first time something happens.
-_SHOWN_AT_0 = ("finished_reason", "phase", "by", "kind", "limit")
 
 
 class Metrics:
@@ -66,7 +64,7 @@ class Metrics:
         self.engine = EngineNumbers(service)
         registry = self._registry = CollectorRegistry()
         self._counters = {
-            name: Counter(PREFIX + name, BY_NAME[name].meaning, _label_names(name), registry=registry)
+            name: Counter(PREFIX + name, BY_NAME[name].meaning, BY_NAME[name].labels, registry=registry)
             for name in _COUNTED
         }
         self._histograms = {
@@ -74,13 +72,11 @@ class Metrics:
             for name, metric in BY_NAME.items()
             if metric.kind == HISTOGRAM and metric.buckets
         }
-        for reason in LABELS["finished_reason"]:
-            self._counters["request_success_total"].labels(reason)
-        for kind in LABELS["kind"]:
-            self._counters["malformed_total"].labels(kind)
-        for phase in LABELS["phase"]:
-            for by in LABELS["by"]:
-                self._counters["cancelled_total"].labels(phase, by)
+        # Shown from the start, so that a rate knows the first time something happens; not every protocol is used.
+        for name in set(_COUNTED) - {"requests_total"}:
+            if names := BY_NAME[name].labels:
+                for values in product(*(LABELS[label] for label in names)):
+                    self._counters[name].labels(*values)
         self._exchanges: dict[str, Exchange] = {}  # that were taken and have not ended
 
     # What happens, as a `Watcher` is told
@@ -264,10 +260,6 @@ def _pools(stats: Stats) -> dict[str, tuple[int, int]]:
     return found
 
 
-def _label_names(name: str) -> Sequence[str]:
-    return BY_NAME[name].labels
-
-
 def _full(short: str, kind: str) -> str:
     """The table's name of a family: `prometheus_client` leaves the ends of counters and infos out."""
     return short + {COUNTER: "_total", INFO: "_info"}.get(kind, "")
@@ -291,7 +283,7 @@ def _by_position(counts: Sequence[int]) -> list[tuple[tuple[str, ...], float]]:
 
 
 def _by_label(label: str, counts: dict[str, int]) -> list[tuple[tuple[str, ...], float]]:
-    found = dict.fromkeys(LABELS[label] if label in _SHOWN_AT_0 else (), 0)
+    found = dict.fromkeys(LABELS[label], 0)
     for value, n in counts.items():
         found[bounded(label, value)] = found.get(bounded(label, value), 0) + n
     return [((value,), n) for value, n in found.items()]

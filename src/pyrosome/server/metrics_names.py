@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import sys
+from pathlib import Path
 
 PREFIX, VLLM = "pyrosome:", "vllm:"
 OTHER = "other"
@@ -42,7 +44,7 @@ LABELS: dict[str, tuple[str, ...]] = {
         "left_in_text", "spelled_in_text", "text_dropped", "not_closed", "undeclared_tool", "no_call", "cut_short",
         "not_json", "given_twice",
     ),
-    "limit": ("all", "no common prefix", "evicted", "no snapshot"),
+    "limit": ("all", "no common prefix", "evicted", "no snapshot", "not wanted"),
     "pool": ("window", "csa", "hca", "index", "state", "draft"),
     "type": (
         "EngineError", "CacheInvariantBroken", "DoesNotFit", "RequestError", "ContextTooLong", "CheckpointError",
@@ -223,10 +225,24 @@ def kind_of(note: str) -> str:
 
 
 def table() -> str:
-    """The metrics as a table in Markdown, as docs/metrics.md has it."""
+    """The metrics and the values of their labels as tables in Markdown, as docs/metrics.md has them."""
     rows = ["| metric | kind | unit | labels | meaning |", "| --- | --- | --- | --- | --- |"]
     for m in METRICS:
         mark = " †" if m.is_vllm else ""
         labels = ", ".join(f"`{label}`" for label in m.labels)
         rows.append(f"| `{m.name}`{mark} | {m.kind} | {m.unit} | {labels} | {m.meaning} |")
+    rows += ["", "| label | values |", "| --- | --- |"]
+    rows += [f"| `{label}` | {', '.join(f'`{value}`' for value in values)} |" for label, values in LABELS.items()]
     return "\n".join(rows) + "\n"
+
+
+def _written(page: str) -> str:
+    """The page with its tables as they are now."""
+    before, _, rest = page.partition("<!-- METRICS -->\n")
+    after = rest.partition("<!-- /METRICS -->")[2]
+    return f"{before}<!-- METRICS -->\n{table()}<!-- /METRICS -->{after}"
+
+
+if __name__ == "__main__":
+    path = Path(sys.argv[1])
+    path.write_text(_written(path.read_text(encoding="utf-8")), encoding="utf-8")
