@@ -23,6 +23,7 @@ from pyrosome.server import (
     openai_text,
     page,
     responses,
+    sessions,
     transport,
 )
 from pyrosome.server.problems import Problem, Refused, problem_of
@@ -35,6 +36,7 @@ ROUTERS = (
     openai_text.router,
     anthropic.router,
     responses.router,
+    sessions.router,
     models.router,
     health.router,
     page.router,
