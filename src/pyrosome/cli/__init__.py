@@ -11,6 +11,7 @@ from typing import Any
 import typer
 
 from pyrosome import __version__, log
+from pyrosome.cli import accounts, keys
 from pyrosome.cli import eval as evaluations
 from pyrosome.cli.ask import ask
 from pyrosome.cli.chat import chat
@@ -28,11 +29,17 @@ app = typer.Typer(help="An engine for DeepSeek-V4-Flash.", no_args_is_help=True,
 
 _data = typer.Typer(help="Look at what a recipe trains on.", no_args_is_help=True)
 _eval = typer.Typer(help="What a model can do, on held-out samples, with intervals.", no_args_is_help=True)
+_keys = typer.Typer(help="Who may use a server: keys, accounts, limits, and what was used.", no_args_is_help=True)
+_accounts = typer.Typer(help="Accounts, which keys belong to.", no_args_is_help=True)
+_invites = typer.Typer(help="Codes with which strangers make themselves an account.", no_args_is_help=True)
 app.add_typer(_data, name="data")
 app.add_typer(_eval, name="eval")
+app.add_typer(_keys, name="keys")
+_keys.add_typer(_accounts, name="accounts")
+_keys.add_typer(_invites, name="invite")
 
 
-def _registered(command: Callable[..., Any], to: typer.Typer = app) -> None:
+def _registered(command: Callable[..., Any], to: typer.Typer = app, name: str | None = None) -> None:
     """Add a command whose reader may go away, as `head` does, without a word."""
 
     @functools.wraps(command)
@@ -43,7 +50,7 @@ def _registered(command: Callable[..., Any], to: typer.Typer = app) -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still buffered has nowhere else to go
             raise typer.Exit(READER_GONE) from None
 
-    to.command()(quiet)
+    to.command(name)(quiet)
 
 
 for _command in (run, chat, ask, serve, train, inspect, doctor):
@@ -51,6 +58,9 @@ for _command in (run, chat, ask, serve, train, inspect, doctor):
 for _evaluation in (evaluations.recall, evaluations.text, evaluations.modes, evaluations.tools, evaluations.plot):
     _registered(_evaluation, _eval)
 _registered(preview, _data)
+for _group, _commands in ((_keys, keys.COMMANDS), (_accounts, accounts.ACCOUNTS), (_invites, accounts.INVITES)):
+    for _name, _one in _commands.items():
+        _registered(_one, _group, _name)
 
 
 def _version(asked: bool) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 
 import pytest
@@ -11,16 +10,16 @@ from sqlalchemy import create_engine, text
 from pyrosome.server.keys.store import Store
 from tests.server.keys.postgres import WITHOUT, cluster
 
-_numbers = itertools.count()
-
 
 @pytest.fixture(scope="session")
 def postgres():
-    """A PostgreSQL server's URL, with `{name}` where the database's goes."""
+    """A PostgreSQL server's database for tests, as an engine that empties it, and its URL."""
     if os.environ.get(WITHOUT) == "1":
         pytest.skip(f"{WITHOUT}=1")
     with cluster() as url:
-        yield url
+        engine = create_engine(url.replace("postgresql:", "postgresql+psycopg:"), isolation_level="AUTOCOMMIT")
+        yield engine, url
+        engine.dispose()
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -29,11 +28,14 @@ def database_url(request, tmp_path):
     if request.param == "sqlite":
         yield f"sqlite:///{tmp_path / 'keys.db'}"
         return
-    url = request.getfixturevalue("postgres")
-    name = f"test_{next(_numbers)}"
-    _administer(url, f"CREATE DATABASE {name}")
-    yield url.format(name=name)
-    _administer(url, f"DROP DATABASE {name} WITH (FORCE)")
+    engine, url = request.getfixturevalue("postgres")
+    yield url
+    with engine.connect() as connection:
+        others = (
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = user AND pid <> pg_backend_pid()"
+        )
+        for command in (others, "DROP SCHEMA public CASCADE", "CREATE SCHEMA public"):
+            connection.execute(text(command))
 
 
 @pytest.fixture
@@ -44,9 +46,9 @@ def store(database_url):
     opened.close()
 
 
-def _administer(url: str, command: str) -> None:
-    address = url.format(name="postgres").replace("postgresql:", "postgresql+psycopg:")
-    engine = create_engine(address, isolation_level="AUTOCOMMIT")
-    with engine.connect() as connection:
-        connection.execute(text(command))
-    engine.dispose()
+@pytest.fixture
+def sqlite_store(tmp_path):
+    """An open store on SQLite alone, for what does not depend on it."""
+    opened = Store(f"sqlite:///{tmp_path / 'keys.db'}")
+    yield opened
+    opened.close()

@@ -31,7 +31,7 @@ def programs() -> Path:
 
 @contextlib.contextmanager
 def cluster() -> Iterator[str]:
-    """A running server; its URL without a database's name: add one, and what follows."""
+    """A running server; the URL of its database."""
     bin_path, as_user = programs(), _unprivileged()
     with tempfile.TemporaryDirectory(prefix="pyrosome-pg-") as name:
         folder = Path(name)
@@ -45,7 +45,7 @@ def cluster() -> Iterator[str]:
         ctl = [bin_path / "pg_ctl", "-D", data, "-w", "-t", "60"]
         _run([*ctl, "-l", folder / "log", "-o", options, "start"], as_user, folder)
         try:
-            yield f"postgresql://tester@/{{name}}?host={folder}"
+            yield f"postgresql://tester@/postgres?host={folder}"
         finally:
             _run([*ctl, "-m", "immediate", "stop"], as_user, folder)
 

@@ -22,7 +22,6 @@ from pyrosome.server.keys.asking import (
     usage_told,
     writing,
 )
-from pyrosome.server.keys.invites import SELF_SCOPES
 from pyrosome.server.keys.records import Limits, day_of
 from pyrosome.server.keys.usage import Slice
 from pyrosome.server.problems import Refused
@@ -124,7 +123,7 @@ async def _create_key(request: Request) -> Response:
     account = body.get("account")
     if not isinstance(account, str):
         raise Refused(400, "account is missing; send the id of the account that the key is for")
-    terms = {"scopes": SELF_SCOPES} | views.terms_in({"name": body.get("name"), **body}, now, Limits())
+    terms = {"scopes": book.DEFAULT_SCOPES} | views.terms_in({"name": body.get("name"), **body}, now, Limits())
     key, secret = await writing(request, lambda connection: book.create_key(connection, now, account, **terms))
     return told({**views.key_view(key, now), "secret": secret.text}, 201)
 

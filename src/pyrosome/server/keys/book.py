@@ -14,13 +14,15 @@ from collections.abc import Iterable
 from sqlalchemy import Connection, func, or_, select, update
 
 from pyrosome.errors import RequestError
+from pyrosome.server.caller import GENERATE, SESSIONS
 from pyrosome.server.keys import schema
-from pyrosome.server.keys.keys import KEY, Secret, new_id, new_secret
+from pyrosome.server.keys.keys import ID_CHARS, KEY, Secret, new_id, new_secret
 from pyrosome.server.keys.money import Price
 from pyrosome.server.keys.records import UNCHANGED, Account, Key, Limits
 from pyrosome.server.keys.rows import account_in, changes, key_in, row_of
 from pyrosome.server.problems import Refused
 
+DEFAULT_SCOPES = frozenset({GENERATE, SESSIONS})
 MAX_KEYS = 200  # that are active, of one account
 MAX_CHAIN = 4  # keys made by keys made by keys
 LONGEST_GRACE_S = 30 * 86400
@@ -149,7 +151,7 @@ def create_key(
     count = select(func.count()).where(_KEYS.account == account_id, active)
     if connection.execute(count).scalar_one() >= MAX_KEYS:
         raise Refused(409, f"the account has {MAX_KEYS} active keys, as many as it may; revoke some first")
-    if parent is not None and len(ancestors(connection, parent)) + 1 >= MAX_CHAIN:
+    if parent is not None and len(ancestors(connection, parent)) >= MAX_CHAIN:
         raise Refused(409, f"keys may make keys {MAX_CHAIN - 1} times over, not more; use one made earlier")
     secret = new_secret(KEY)
     key = Key(
@@ -177,6 +179,25 @@ def key(connection: Connection, key_id: str) -> Key:
     if row is None:
         raise Refused(404, f"there is no key {key_id[:60]!r}")
     return key_in(row)
+
+
+def key_called(connection: Connection, text: str) -> Key:
+    """The key with that id, with or without `pyr-`, or the only one with that name that is not revoked.
+
+    Raises:
+        RequestError: there is none, or there are several.
+    """
+    public_id = text.removeprefix(KEY)[:ID_CHARS]  # of a whole key too, whose secret is repeated nowhere
+    row = connection.execute(select(schema.keys).where(_KEYS.id == public_id)).first()
+    if row is not None:
+        return key_in(row)
+    found = [k for k in keys(connection) if k.name == text and k.revoked is None]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise RequestError(f"{len(found)} keys are called {text!r}; name one by id: {', '.join(k.id for k in found)}")
+    shown = KEY + public_id if text.startswith(KEY) else text
+    raise RequestError(f"there is no key {shown[:60]!r}; `pyrosome keys list` shows those there are")
 
 
 def known(connection: Connection, key_id: str) -> Known | None:

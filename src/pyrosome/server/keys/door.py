@@ -51,7 +51,7 @@ def door_for(options: ServerOptions) -> Door:
             f"{options.host or 'every address'} is open to others" if options.keys == "auto" else "keys are required"
         )
         raise RequestError(
-            f"{where}, and there is no key yet: make one with `pyrosome keys create NAME --admin`, for the same "
+            f"{where}, and there is no key yet: make one with `pyrosome keys create --admin`, for the same "
             "--state or --database; or listen at 127.0.0.1; or let everybody in with --keys off"
         )
     return KeyDoor(store, is_needed=is_needed, price=Price(*options.prices), keep_days=options.usage_days)

@@ -64,7 +64,7 @@ def create(
     Raises:
         Refused: 403, it asks for more than this key has; 409.
     """
-    wanted = scopes or me.key.scopes
+    wanted = scopes or me.key.scopes & book.DEFAULT_SCOPES or me.key.scopes
     _within(me, wanted, expires, limits)
     ends = expires if expires is not None else _ends(me)
     return book.create_key(
