@@ -169,6 +169,15 @@ def test_an_answer_before_the_end_of_the_body_is_sent_and_the_connection_ends():
         assert wire.is_closed(), "it does not wait for the rest"
 
 
+def test_a_request_that_is_refused_before_its_body_has_come_keeps_its_connection(server):
+    wire = server.wire()
+    for _ in range(3):
+        wire.send(head("POST /nowhere HTTP/1.1", "Content-Length: 2000"))
+        wire.send(b"a" * 1000).send(b"a" * 1000)
+        assert wire.answer()[0] == 404
+        assert wire.send(post()).answer()[0] == 200
+
+
 def test_bodies_of_all_requests_together_are_bounded():
     options = ServerOptions(max_body_bytes=1024, body_s=20)
     with wired(HI, options=options) as server:

@@ -15,6 +15,8 @@ from pyrosome.server.gate import LONGEST_WAIT_S
 from pyrosome.server.problems import Refused
 
 if TYPE_CHECKING:
+    from starlette.types import Receive
+
     from pyrosome.engine.request import Request
     from pyrosome.server.service import Service
 
@@ -29,6 +31,7 @@ class Arrival:
     request: str = "-"  # its id in errors and in the log
     at: float = dataclasses.field(default_factory=time.monotonic)
     deadline_s: float = 0.0  # after `at`, as the client asked; 0: it did not
+    receive: Receive | None = None  # what comes from the client
 
     def until(self, most_s: float) -> tuple[float, float]:
         """(the moment of time.monotonic, seconds after the arrival) when it must have ended; infinite: never.
@@ -38,6 +41,17 @@ class Arrival:
         """
         seconds = min(self.deadline_s or math.inf, most_s or math.inf)
         return self.at + seconds, seconds
+
+    async def is_gone(self) -> bool:
+        """Whether the client has left; to be asked once its body was read."""
+        if self.receive is None:
+            return False
+        coming = asyncio.ensure_future(self.receive())
+        await asyncio.sleep(0)
+        if not coming.done():
+            coming.cancel()
+            return False
+        return coming.result()["type"] == "http.disconnect"
 
 
 current: contextvars.ContextVar[Arrival] = contextvars.ContextVar("arrival")

@@ -54,6 +54,7 @@ class Connection(HttpToolsProtocol):
         self._limits = limits
         self.state, self.since = HEAD, time.monotonic()
         self._head = bytearray()
+        self._body_left: int | None = 0  # bytes of the body that are still to come; None: it tells its end itself
         self._is_reading_head = self._has_strayed = False
         self._refusal: Problem | None = None
         self._unread, self._unread_since = 0, 0.0
@@ -82,12 +83,11 @@ class Connection(HttpToolsProtocol):
         """Bytes of a head, of a body, or of nothing that will be read."""
         if self.parser is None or self.transport.is_closing() or self._refusal or self._has_strayed:
             return
-        if self.state == IDLE:
-            self._unset_keepalive_if_required()
-            self._now(HEAD)
-        if self.state != HEAD:
-            self._feed(data)
+        if self.state in (BUSY, LINGER):
+            self._read_body(data)
             return
+        if self.state == IDLE:
+            self._now(HEAD)
         start = max(0, len(self._head) - 3)
         self._head += data if self._head else data.lstrip(b"\r\n")
         end = self._head.find(b"\r\n\r\n", start)
@@ -100,8 +100,8 @@ class Connection(HttpToolsProtocol):
             head, rest = bytes(self._head[: end + 4]), bytes(self._head[end + 4 :])
             self._head.clear()
             self._read_head(head)
-            if rest and self.cycle and not self._refusal:
-                self._feed(rest)
+            if rest and not self._refusal:
+                self._read_body(rest)
 
     def eof_received(self) -> None:
         """The client has closed its side: nobody is left to be answered, since a closed one sends the same."""
@@ -132,6 +132,7 @@ class Connection(HttpToolsProtocol):
         self._refusal = _refusal(self.url, self.headers, self.parser.get_http_version())
         if not self._refusal:
             self._now(BUSY)
+            self._body_left = _body_bytes(self.headers)
             super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
@@ -173,14 +174,29 @@ class Connection(HttpToolsProtocol):
         if self.state == HEAD:
             self._refuse(self._refusal or Problem(400, "this is not understood as HTTP/1.1"))
 
+    def _read_body(self, data: bytes) -> None:
+        """A body, and what follows it: the next request, where the last is answered already."""
+        left = len(data) if self._body_left is None else self._body_left
+        body, rest = data[:left], data[left:].lstrip(b"\r\n")
+        if self._body_left is not None:
+            self._body_left -= len(body)
+        if body:
+            self._feed(body)
+        if rest and self.state == IDLE:
+            self.data_received(rest)
+        elif rest:
+            self._has_strayed = True
+        if self._has_strayed and self.state == BUSY:
+            self.cycle.keep_alive = False  # it ends with the answer
+        elif self._has_strayed:
+            self.transport.close()
+
     def _feed(self, data: bytes) -> None:
         try:
             self.parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
             if not self._refusal:
                 self._refuse(Problem(400, f"this is not understood as HTTP/1.1: {error}"))
-        if self._has_strayed and self.cycle and self.state == BUSY:
-            self.cycle.keep_alive = False
 
     def _refuse(self, problem: Problem) -> None:
         """Say why, and let the client go; in the middle of another answer it goes without a word."""
@@ -252,6 +268,11 @@ def _refusal(target: bytes, headers: Iterable[tuple[bytes, bytes]], version: str
     if codings and (codings != [b"chunked"] or version == "1.0"):
         return Problem(400, "a body in another transfer coding than chunked cannot be read; send it with its length")
     return None
+
+
+def _body_bytes(headers: Iterable[tuple[bytes, bytes]]) -> int | None:
+    found = {name: value for name, value in headers if name in (b"content-length", b"transfer-encoding")}
+    return None if b"transfer-encoding" in found else int(found.get(b"content-length", 0))
 
 
 def _bound_unsent(sock: Any, write_s: float) -> None:

@@ -131,7 +131,8 @@ class Exchange:
         self._is_inside = self.is_shutting_down = False
         self._settling: asyncio.Task[None] | None = None
         self._submitted = 0.0  # of time.monotonic
-        self._deadline, self._deadline_s = arrival.of_this_request().until(service.options.deadline_s)
+        self._arrival = arrival.of_this_request()
+        self._deadline, self._deadline_s = self._arrival.until(service.options.deadline_s)
         self._write_s = service.options.write_s
         self.error_shape = shape_of(asked.path)
 
@@ -148,6 +149,8 @@ class Exchange:
         self._running = self._service.running(self)
         self._running.__enter__()
         try:
+            if await self._arrival.is_gone():  # while its body was read, or a long prompt rendered
+                raise Refused(400, "the connection closed before the request was begun")
             await self._be_in_time()
             self._ticket = await self._service.door.enter(
                 asked.caller, self.id, len(asked.request.ids), asked.request.params.max_tokens * len(self._left)

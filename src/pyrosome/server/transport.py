@@ -75,9 +75,10 @@ class Transport:
         reply = _Headed(send, request_id, body, is_last=self._service.state == DRAINING)
         # A route that writes a body to disk as it comes calls `let_go` for what it holds no more.
         scope.setdefault("state", {}).update(request_id=request_id, let_go=body.let_go)
-        mark = arrival.current.set(Arrival(request_id))
+        mark = arrival.current.set(Arrival(request_id, receive=body.receive))
         try:
-            arrival.current.set(dataclasses.replace(arrival.of_this_request(), deadline_s=self._judge(scope)))
+            deadline_s = self._judge(scope)
+            arrival.current.set(dataclasses.replace(arrival.of_this_request(), deadline_s=deadline_s))
             await self._app(scope, body.receive, reply.send)
         except Exception as error:
             problem = problem_of(error, request_id)
