@@ -5,9 +5,12 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# A user's machine has other versions of what the server needs too, so clients have an environment of their own.
+CLIENTS := .venv-clients
+NODE := tests/e2e/node
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup run test check bench clean
+.PHONY: help setup run test check clients bench clean
 
 help: ## what each target does
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -33,9 +36,20 @@ check: $(READY) ## style, types, import contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+clients: $(CLIENTS)/.ready $(NODE)/node_modules/.ready ## clients by others, which PYROSOME_CLIENTS=1 make test talks to
+
+$(CLIENTS)/.ready: requirements/clients.txt
+	$(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/pip install --quiet --disable-pip-version-check -r requirements/clients.txt
+	touch $@
+
+$(NODE)/node_modules/.ready: $(NODE)/package.json $(NODE)/package-lock.json
+	cd $(NODE) && npm ci --no-progress
+	touch $@
+
 bench: $(READY) ## rates and memory by context, then docs/performance.md; bench/README.md has the comparisons
 	$(BIN)/python -m bench.frontier
 	$(BIN)/python -m bench.report
 
 clean: ## remove what set-up made
-	rm -rf $(VENV) build dist src/*.egg-info
+	rm -rf $(VENV) $(CLIENTS) $(NODE)/node_modules build dist src/*.egg-info

@@ -1,0 +1,49 @@
+"""Clients by others, as their users run them, against servers in processes of their own.
+
+They run where PYROSOME_CLIENTS=1 is set, and then whatever they lack is a failure: `make clients` installs it.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from tests.e2e import clients
+from tests.e2e.serving import serving
+
+
+def pytest_collection_modifyitems(config, items):
+    if os.environ.get("PYROSOME_CLIENTS") == "1":
+        return
+    left = [item for item in items if item.get_closest_marker("clients")]
+    config.hook.pytest_deselected(items=left)
+    items[:] = [item for item in items if item not in left]
+
+
+@pytest.fixture(scope="session")
+def model_server():
+    """The base URL of a server on the built-in model."""
+    with serving("builtin:nano") as server:
+        yield server.url
+
+
+@pytest.fixture(scope="session")
+def outside():
+    """What stands for the network beyond this machine: whoever goes there is noted, and gets nowhere."""
+    with clients.Outside() as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
+def scripts(outside, tmp_path_factory):
+    """Runs a script of `tests/e2e/scripts` once; what became of each of its cases."""
+    home = tmp_path_factory.mktemp("home")
+    done: dict[tuple[str, ...], dict[str, str]] = {}
+
+    def run(name: str, *arguments: str) -> dict[str, str]:
+        if (name, *arguments) not in done:
+            done[name, *arguments] = clients.cases_of(name, arguments, home, outside)
+        return done[name, *arguments]
+
+    return run
