@@ -45,14 +45,17 @@ class LoadedModel:
         """Open a cache for up to `max_sequences` sequences of up to `max_context` tokens each."""
         return Runner(self.network, self.kv_format, max_sequences, max_context, num_drafts=num_drafts)
 
-    def engine(self, options: EngineOptions | None = None) -> Engine:
+    def engine(self, options: EngineOptions | None = None, tokenizer_path: str | Path | None = None) -> Engine:
         """An engine with a cache of its own; see `engine.worker` for where to run it.
+
+        Args:
+            tokenizer_path: the tokenizer.json that grammars are of; None: the checkpoint's own.
 
         Raises:
             DoesNotFit: the cache would not hold one block.
             RequestError: a drafter was asked for that this checkpoint does not have.
         """
-        tokenizer = self.path / "tokenizer.json"
+        tokenizer = Path(tokenizer_path or self.path / "tokenizer.json")
         return Engine(
             self.network,
             self.kv_format,
@@ -177,8 +180,9 @@ def open_engine(
     experts: str = "resident",
     lock_memory: bool = False,
     numa: str = "auto",
+    tokenizer_path: str | None = None,
     **options: object,
 ) -> Engine:
     """Load a checkpoint and make an engine on it, from plain data: what a process of its own begins with."""
     model = load_model(path, device, numerics, kv_format, experts=experts, lock_memory=lock_memory, numa=numa)
-    return model.engine(EngineOptions(**options))  # type: ignore[arg-type]
+    return model.engine(EngineOptions(**options), tokenizer_path)  # type: ignore[arg-type]
