@@ -267,6 +267,22 @@ def test_srv_04_who_cannot_be_in_time_is_told_at_once():
         assert len(books.lines) == 2, "who was not let in has no line"
 
 
+def test_srv_04_what_is_cached_does_not_count(nano):
+    """By the real engine, which knows its prefixes."""
+    pace = nano.service.pace
+    asked = {**BODY, "max_tokens": 1, "messages": [{"role": "user", "content": "falcon 37 ; " * 200}]}
+    other = {**asked, "messages": [{"role": "user", "content": "other " * 800}]}
+    first = nano.post(CHAT, json=asked).json()["usage"]["prompt_tokens"]
+    pace._rates.clear()
+    pace.computed(1000, 0, 1000.0)
+    in_time = {"X-Request-Deadline": str(first // 2)}
+    assert nano.post(CHAT, json=other, headers=in_time).status_code == 504
+    again = nano.post(CHAT, json=asked, headers=in_time)
+    assert again.status_code == 200
+    assert again.json()["usage"]["prompt_cache_hit_tokens"] > first // 2
+    pace._rates.clear()
+
+
 def test_srv_04_who_could_be_in_time_alone_is_told_to_come_again():
     with wired(HI, prompt_steps=10**6, step_s=0.002) as server:
         others = [server.wire().send(post(STREAM)) for _ in range(3)]

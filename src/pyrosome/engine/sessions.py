@@ -185,6 +185,11 @@ def _about(engine: Engine) -> dict[str, Any]:
     }
 
 
+def _known_tokens(engine: Engine, ids: list[int] | tuple[int, ...], salt: str = "") -> int:
+    """How many tokens of a prompt would not have to be computed now."""
+    return engine.tree.match(ids, salt, len(ids) - 1).length
+
+
 _OPERATIONS: dict[str, Callable[..., Any]] = {
     "session_open": _open,
     "session_extend": _extend,
@@ -199,4 +204,5 @@ _OPERATIONS: dict[str, Callable[..., Any]] = {
     "session_close": _close,
     "stats": lambda engine: engine.current_stats(),
     "about": _about,
+    "known_tokens": _known_tokens,
 }
