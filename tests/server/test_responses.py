@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import random
 from typing import ClassVar
@@ -456,10 +457,13 @@ def test_srv_04_a_long_prompt_is_waited_for_with_events():  # fmt: skip
         engine.hold.set()
         with client.stream("POST", PATH, json={**BODY, "stream": True}) as reply:
             lines = reply.iter_lines()
-            waited = [next(line for line in lines if line == "event: response.in_progress") for _ in range(4)]
+            waited = [line for line in itertools.islice(lines, 60) if line.startswith("event: ")]
             engine.hold.clear()
             rest = "\n".join(lines)
-    assert len(waited) == 4 and events_of(rest)[-1][0] == "response.completed"
+    assert (
+        waited.count("event: response.in_progress") == len(waited) - 1 > 3
+        and events_of(rest)[-1][0] == "response.completed"
+    )
 
 
 def test_events_while_waiting_leave_the_stream_as_it_is():
