@@ -7,6 +7,8 @@ import os
 
 import pytest
 
+from pyrosome.engine import wire
+from pyrosome.errors import SessionBusy, UnknownSession
 from pyrosome.server import open_sessions
 from pyrosome.server.open_sessions import Limits
 from tests.server.remembering import THOUGHT, TOOLS, USER, Doors, as_, error_of, left, made, remembering, shown, turn
@@ -72,6 +74,16 @@ def test_an_account_may_keep_so_many_bytes(tmp_path, monkeypatch):
         assert client.post(f"/v1/sessions/{b}/save").status_code == 200
 
 
+def test_what_takes_the_place_of_the_last_bytes_is_taken(tmp_path, monkeypatch):
+    with remembering(saying(THOUGHT), tmp_path / "unlimited") as (client, _, _):
+        size = client.post(f"/v1/sessions/{made(client, messages=[USER])}/save").json()["bytes"]
+    limited(monkeypatch, disk_bytes_each=size)
+    with remembering(saying(THOUGHT), tmp_path / "limited") as (client, _, _):
+        session = made(client, messages=[USER])
+        for _ in range(2):
+            assert client.post(f"/v1/sessions/{session}/save").json()["bytes"] == size
+
+
 def test_a_conversation_that_could_not_be_kept_is_not_begun(tmp_path, monkeypatch):
     limited(monkeypatch, conversation_bytes=2000)
     with remembering(saying(THOUGHT), tmp_path) as (client, engine, _):
@@ -131,6 +143,11 @@ def test_what_was_open_in_an_engine_that_ended_is_gone_unless_it_was_saved(tmp_p
         assert "with 2 messages" in message and "send again what came after" in message
         assert turn(client, changed, messages=[USER]).status_code == 200
         assert shown(client, changed)["num_messages"] == 4
+
+
+def test_what_the_engines_process_says_of_a_session_is_understood_here():
+    for kind in (UnknownSession, SessionBusy):
+        assert type(wire.error_of(wire.failure_of(kind("x")))) is kind
 
 
 @pytest.mark.parametrize("what", ["extend", "fork", "save", "export", "rewind"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import pytest
 
 from pyrosome.options import ServerOptions
 from pyrosome.server.caller import OpenDoor
+from pyrosome.server.exchange import Exchange
 from tests.server.remembering import THOUGHT, TOOLS, USER, Doors, as_, error_of, left, made, remembering, shown, turn
 from tests.server.scripted import EOS, TOKENIZER, events_of, saying, until
 
@@ -85,6 +87,9 @@ def test_tools_and_the_mode_are_the_sessions_and_a_turn_may_have_its_own(tmp_pat
         messages = shown(client, session)["messages"][:-1]
         prompt = service.chat.render({"messages": messages, "tools": TOOLS, "reasoning_effort": "max"}).ids
         assert tuple(left(engine)[: len(prompt)]) == prompt
+        session = made(client, messages=[USER], thinking={"type": "disabled"})
+        assert turn(client, session, reasoning_effort="low").headers["x-pyrosome-mode"] == "low"
+        assert turn(client, session, messages=[USER]).headers["x-pyrosome-mode"] == "off"
 
 
 def test_messages_are_appended_and_taken_back(tmp_path):
@@ -100,6 +105,17 @@ def test_messages_are_appended_and_taken_back(tmp_path):
         error_of(client.post(f"/v1/sessions/{session}/rewind", json={"messages": 4}), 400)
         turn(client, session, messages=[{"role": "user", "content": "otherwise"}])
         prompt = service.chat.render({"messages": shown(client, session)["messages"][:-1]}).ids
+        assert tuple(left(engine)[: len(prompt)]) == prompt
+
+
+def test_an_answer_can_be_asked_for_again(tmp_path):
+    with remembering(saying(THOUGHT), tmp_path) as (client, engine, service):
+        session = made(client, messages=[USER])
+        for _ in range(3):
+            assert turn(client, session, seed=5).status_code == 200
+            client.post(f"/v1/sessions/{session}/rewind", json={"messages": 1})
+        assert len(engine.requests[-1].ids) == 1, "the last id of the prompt, from which the answer is chosen"
+        prompt = service.chat.render({"messages": [USER]}).ids
         assert tuple(left(engine)[: len(prompt)]) == prompt
 
 
@@ -155,7 +171,8 @@ def test_a_text_may_begin_with_a_prompt_or_ids(tmp_path):
 
 
 def test_what_a_stop_string_ended_is_cut_where_it_was_found(tmp_path):
-    with remembering(saying("one\ntwo\nthree\n"), tmp_path) as (client, engine, _):
+    # The engine has not ended the turn yet when the next request comes.
+    with remembering(saying("one\ntwo\nthree\n"), tmp_path, step_s=0.02) as (client, engine, _):
         session = made(client, ids=[5])
         reply = turn(client, session, stop="two")
         assert reply.json()["choices"][0]["text"] == "one\n"
@@ -195,12 +212,27 @@ def test_whatever_comes_while_a_session_answers_is_told_to_wait(tmp_path):
             assert client.request(method, path, json=body).status_code == 200, path
 
 
-def test_the_next_turn_may_be_asked_for_as_soon_as_the_answer_is_there(tmp_path):
-    with remembering(saying(THOUGHT), tmp_path) as (client, _, _):
+@pytest.fixture
+def slow_to_close(monkeypatch):
+    """What follows an answer takes its time."""
+    close = Exchange.close
+
+    async def slowly(exchange):
+        await asyncio.sleep(0.2)
+        await close(exchange)
+
+    monkeypatch.setattr(Exchange, "close", slowly)
+
+
+@pytest.mark.usefixtures("slow_to_close")
+def test_the_next_turn_may_be_asked_for_as_soon_as_the_answer_is_there_or_has_failed(tmp_path):
+    with remembering(saying(THOUGHT), tmp_path) as (client, engine, _):
         session = made(client)
-        for stream in (True, False) * 10:
+        for stream in (True, False) * 2:
             assert turn(client, session, messages=[USER], stream=stream).status_code == 200
-        assert shown(client, session)["num_messages"] == 40
+            engine.fail = "no"
+            assert "no" in turn(client, session, messages=[USER], stream=stream).text
+        assert shown(client, session)["num_messages"] == 8
 
 
 # Turns that are broken off
@@ -225,11 +257,13 @@ def test_when_its_client_leaves_a_conversation_is_as_before(tmp_path):
     with remembering(saying(THOUGHT), tmp_path) as (client, engine, service):
         session = made(client, messages=[USER])
         turn(client, session)
-        before = shown(client, session)
+        before, held = shown(client, session), left(engine)[:]
         engine.script, engine.step_s = slowly, 0.002
         leave(client, engine, session, {"messages": [{"role": "user", "content": "and then?"}]})
         until(lambda: not shown(client, session)["busy"])
         assert shown(client, session)["messages"] == before["messages"]
+        client.post(f"/v1/sessions/{session}/save")
+        assert left(engine) == held[: len(left(engine))], "and its file has nothing of the turn"
         engine.script, engine.step_s = saying(THOUGHT), 0
         turn(client, session, messages=[{"role": "user", "content": "and then?"}])
         messages = shown(client, session)["messages"]
