@@ -105,16 +105,16 @@ def _reader(service: Service, wanted: TextRequest, prompt: TextPrompt) -> Reader
 
 
 class NoText:
-    """Reads a completion of no tokens: the prompt is all that is wanted, and the first token says that it is done."""
+    """Reads a completion of no tokens: the engine gives one, and the prompt is all that is wanted."""
+
+    is_over = False
 
     def __init__(self, num_prompt: int) -> None:
-        self._num_prompt, self.cached_tokens = num_prompt, 0
-        self.is_over = False
+        self._num_prompt = num_prompt
         self.ids: list[int] = []
 
     def feed(self, event: TokenEvent) -> list[tuple[Event, list[TokenLog]]]:
         """Nothing."""
-        self.is_over = True
         return []
 
     def end(self, reason: str) -> list[tuple[Event, list[TokenLog]]]:
