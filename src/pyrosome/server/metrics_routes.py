@@ -15,10 +15,13 @@ from starlette.responses import JSONResponse, Response
 from pyrosome import __version__
 from pyrosome.server.caller import METRICS
 from pyrosome.server.metrics import Metrics
+from pyrosome.server.openapi import described
 from pyrosome.server.routes import caller_of, service_of
 from pyrosome.server.service import READY, Service
 
 WAIT_S = 1.0  # for the engine's newest numbers; a step may take longer, and then the last ones are told
+
+METRICS_KINDS = ("text/plain", "application/openmetrics-text")
 
 # Where keys, certificates and files are, and what the database's URL holds, is nobody's business.
 _TOLD = (
@@ -48,8 +51,10 @@ def router() -> APIRouter:
         ("/version", _version, "This program's version"),
         ("/ping", _ping, "Ready to answer?"),
     ):
-        methods = ["GET", "POST"] if path == "/ping" else ["GET"]
-        routes.add_api_route(path, route, methods=methods, summary=summary)
+        kinds = METRICS_KINDS if path == "/metrics" else ("application/json",)
+        about = described({}, statuses=(400, 401, 403, 500, 503), kinds=kinds)
+        routes.add_api_route(path, route, methods=["GET"], summary=summary, **about)
+    routes.add_api_route("/ping", _ping, methods=["POST"], include_in_schema=False)  # as SageMaker's probes do
     return routes
 
 

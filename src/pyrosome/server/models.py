@@ -73,14 +73,14 @@ async def _list(request: Request) -> Response:
     return JSONResponse({"object": "list", "data": data, **ends})
 
 
-async def _one(request: Request) -> Response:
+async def _one(request: Request, model: str) -> Response:
     """The model by its name."""
     await caller_of(request, GENERATE)
-    service, name = service_of(request), request.path_params["model"]
-    if name not in service.card.names:
+    service = service_of(request)
+    if model not in service.card.names:
         known = ", ".join(service.card.names)
-        raise Refused(404, f"there is no model {name!r} here; there is {known}", code="model_not_found")
-    return JSONResponse(_model(service, name))
+        raise Refused(404, f"there is no model {model!r} here; there is {known}", code="model_not_found")
+    return JSONResponse(_model(service, model))
 
 
 def _model(service: Service, name: str) -> dict[str, Any]:

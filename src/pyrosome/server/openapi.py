@@ -40,7 +40,7 @@ _ERRORS: dict[str, dict[str, Any]] = {
 
 def described(
     schema: dict[str, Any], *, ok: dict[str, Any] | None = None, statuses: tuple[int, ...] = STATUSES,
-    shape: str = OPENAI,
+    shape: str = OPENAI, kinds: tuple[str, ...] = ("application/json",),
 ) -> dict[str, Any]:  # fmt: skip
     """Arguments of `add_api_route` that describe a route with a JSON body.
 
@@ -49,8 +49,10 @@ def described(
         ok: JSON Schema of the answer; None: an object.  A generating route also streams, where it is asked to.
         statuses: of the errors it can answer with.
         shape: theirs, OpenAI's or Anthropic's.
+        kinds: content types of the answer; only JSON has a schema.
     """
-    answer = {"application/json": {"schema": ok or {"type": "object"}}}
+    is_json = "application/json"
+    answer = {kind: {"schema": (ok or {"type": "object"}) if kind == is_json else _TEXT} for kind in kinds}
     if "stream" in schema.get("properties", {}):
         answer["text/event-stream"] = {"schema": {}}  # of text or of one event, as whoever reads the document takes it
     responses: dict[int | str, dict[str, Any]] = {200: {"description": "the answer", "content": answer}}
