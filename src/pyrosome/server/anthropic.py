@@ -27,6 +27,7 @@ from pyrosome.errors import ContextTooLong
 from pyrosome.server.anthropic_schema import COUNT, COUNTED, MESSAGE, MESSAGES
 from pyrosome.server.caller import GENERATE
 from pyrosome.server.exchange import Exchange, Said, StillHere
+from pyrosome.server.explain import beside
 from pyrosome.server.openai_schema import RENDERED
 from pyrosome.server.openapi import described
 from pyrosome.server.problems import ANTHROPIC, Problem, Refused
@@ -206,7 +207,8 @@ class MessagesShape(Shape):
         }  # fmt: skip
 
     def _told(self) -> dict[str, Any]:
-        return {"pyrosome": {"mode": self.asked.mode, "seed": self.outcome.seed}} if not self._official else {}
+        told = {"mode": self.asked.mode, "seed": self.outcome.seed, **beside(self.outcome)}
+        return {} if self._official else {"pyrosome": told}
 
 
 def usage_of(usage: Usage, *, official: bool) -> dict[str, Any]:

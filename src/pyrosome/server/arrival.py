@@ -32,6 +32,7 @@ class Arrival:
     at: float = dataclasses.field(default_factory=time.monotonic)
     deadline_s: float = 0.0  # after `at`, as the client asked; 0: it did not
     receive: Receive | None = None  # what comes from the client
+    explains: bool = False  # how the cache was used is to be told
 
     def until(self, most_s: float) -> tuple[float, float]:
         """(the moment of time.monotonic, seconds after the arrival) when it must have ended; infinite: never.

@@ -81,6 +81,7 @@ class Outcome:
     first_token: float | None = None
     first_token_estimate_s: float = 0.0  # from its opening, made where there is a deadline; 0: not known
     ended: float = 0.0
+    explains: bool = False  # its client wants to know how the cache was used
 
     @property
     def id(self) -> str:
@@ -132,6 +133,7 @@ class Exchange:
         self._settling: asyncio.Task[None] | None = None
         self._submitted = 0.0  # of time.monotonic
         self._arrival = arrival.of_this_request()
+        self.outcome.explains = self._arrival.explains
         self._deadline, self._deadline_s = self._arrival.until(service.options.deadline_s)
         self._write_s = service.options.write_s
         self.error_shape = shape_of(asked.path)

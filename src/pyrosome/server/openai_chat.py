@@ -15,6 +15,7 @@ from pyrosome.chat.events import ContentDelta, Done, Event, Message, ReasoningDe
 from pyrosome.chat.prompt import Prompt
 from pyrosome.server.caller import GENERATE
 from pyrosome.server.exchange import Exchange, Said, StillHere
+from pyrosome.server.explain import beside
 from pyrosome.server.logprobs import prompt_entries, token_entries
 from pyrosome.server.openai_schema import CHAT, CHAT_ANSWER, RENDERED
 from pyrosome.server.openapi import described
@@ -278,7 +279,7 @@ class ChatShape(Shape):
     def _told(self) -> dict[str, Any]:
         if self._form.official:
             return {}
-        found: dict[str, Any] = {"pyrosome": {"mode": self.asked.mode, "seed": self.outcome.seed}}
+        found: dict[str, Any] = {"pyrosome": {"mode": self.asked.mode, "seed": self.outcome.seed, **beside(self.outcome)}}
         if self._form.prompt_logprobs:
             found["prompt_logprobs"] = prompt_entries(self._tokenizer, self.outcome.prompt_logprobs)
         return found

@@ -17,6 +17,7 @@ from pyrosome.engine.request import Request as EngineRequest
 from pyrosome.engine.request import TokenEvent
 from pyrosome.server.caller import GENERATE, Caller
 from pyrosome.server.exchange import Asked, Exchange, Said, StillHere
+from pyrosome.server.explain import beside
 from pyrosome.server.group import Group
 from pyrosome.server.logprobs import TextLogprobs, prompt_entries
 from pyrosome.server.openai_chat import finish_reason, usage_of
@@ -245,7 +246,7 @@ class TextShape(Shape):
         }  # fmt: skip
 
     def _told(self) -> dict[str, Any]:
-        return {"pyrosome": {"mode": self.asked.mode, "seed": self.outcome.seed}}
+        return {"pyrosome": {"mode": self.asked.mode, "seed": self.outcome.seed, **beside(self.outcome)}}
 
     def _usage(self) -> dict[str, Any]:
         each = [e.outcome.usage for e in self._exchanges]

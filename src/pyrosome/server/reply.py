@@ -12,6 +12,7 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from pyrosome.server import explain
 from pyrosome.server.exchange import Exchange, StillHere
 from pyrosome.server.group import Group
 from pyrosome.server.problems import Problem, Refused, problem_of
@@ -29,6 +30,7 @@ class Reply(Response):
     def __init__(self, exchange: Exchange | Group, shape: Shape, *, stream: bool, headers: Mapping[str, str]) -> None:
         super().__init__(status_code=200, headers=dict(headers))
         self._exchange, self._shape, self._stream = exchange, shape, stream
+        self._cache = explain.Telling(exchange)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """As ASGI has it."""
@@ -54,7 +56,7 @@ class Reply(Response):
                 if isinstance(batch, StillHere):
                     frames = self._shape.still_here(batch)
                 else:
-                    frames = [f for said in batch for f in self._shape.said(said)]
+                    frames = [*self._cache.comment(), *(f for said in batch for f in self._shape.said(said))]
                 await out.write(b"".join(frames))
             last = self._shape.end()
         except (ConnectionError, TimeoutError):
@@ -88,7 +90,8 @@ class Reply(Response):
             body = as_json(problem.body(self._exchange.error_shape))
         if not out.has_begun:
             headers = {**dict(self.headers), "content-type": "application/json", "content-length": str(len(body))}
-            await out.start(problem.status if problem else 200, headers | dict(problem.headers if problem else {}))
+            headers |= problem.headers if problem else self._cache.header()
+            await out.start(problem.status if problem else 200, headers)
         await out.write(body, more=False)
 
     def _problem(self, error: Exception) -> Problem:

@@ -13,6 +13,7 @@ from pyrosome.chat.prompt import Prompt
 from pyrosome.chat.tokenizer import Tokenizer
 from pyrosome.server.caller import GENERATE
 from pyrosome.server.exchange import Exchange, Said, StillHere
+from pyrosome.server.explain import beside
 from pyrosome.server.logprobs import token_entries
 from pyrosome.server.openai_schema import RENDERED
 from pyrosome.server.openapi import described
@@ -155,7 +156,12 @@ class ResponsesShape(Shape):
             "output": list(output),
             "usage": usage_of(self.outcome.usage, official=self._official) if message else None,
             **self._echoed,
+            **self._told(),
         }
+
+    def _told(self) -> dict[str, Any]:
+        told = {"mode": self.asked.mode, "seed": self.outcome.seed, **beside(self.outcome)}
+        return {} if self._official else {"pyrosome": told}
 
 
 def usage_of(usage: Usage, *, official: bool) -> dict[str, Any]:
@@ -218,7 +224,7 @@ def _echo(body: dict[str, Any], exchange: Exchange, *, official: bool) -> dict[s
         "top_p": top_p if body.get("top_p") is None else body["top_p"], "truncation": "disabled",
         "user": body.get("user"), "metadata": body.get("metadata") or {},
     }  # fmt: skip
-    return found if official else {**found, "pyrosome": {"mode": asked.mode, "seed": params.seed}}
+    return found
 
 
 def _whole_tool(tool: dict[str, Any]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pyrosome.options import ServerOptions
-from pyrosome.server import arrival
+from pyrosome.server import arrival, explain
 from pyrosome.server.arrival import Arrival
 from pyrosome.server.problems import Problem, Refused, problem_of, shape_of
 from pyrosome.server.service import DRAINING, Service
@@ -78,7 +78,9 @@ class Transport:
         mark = arrival.current.set(Arrival(request_id, receive=body.receive))
         try:
             deadline_s = self._judge(scope)
-            arrival.current.set(dataclasses.replace(arrival.of_this_request(), deadline_s=deadline_s))
+            explains = explain.is_asked(Headers(scope=scope))
+            here = dataclasses.replace(arrival.of_this_request(), deadline_s=deadline_s, explains=explains)
+            arrival.current.set(here)
             await self._app(scope, body.receive, reply.send)
         except Exception as error:
             problem = problem_of(error, request_id)
