@@ -50,6 +50,7 @@ class Counting(ScriptedEngine):
 
     def __init__(self, script: Any, **options: Any) -> None:
         super().__init__(script, **options)
+        self.num_asked = 0  # for these numbers
         self.stats = Stats(
             pool_bytes={"window_kv": (0, 50), "csa_kv": (30, 200), "hca_kv": (10, 100), "index_k": (5, 100),
                         "tail": (0, 70), "draft": (0, 20)},
@@ -67,6 +68,7 @@ class Counting(ScriptedEngine):
 
     def call(self, name: str, /, **arguments: Any) -> Any:
         if name == "stats":
+            self.num_asked += 1
             return dataclasses.replace(self.stats, running=len(self._open))
         return super().call(name, **arguments)
 

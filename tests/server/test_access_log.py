@@ -106,10 +106,11 @@ def test_probes_are_written_at_debug_alone_unless_they_fail(lines, caplog):
     with scripted(saying("a</think>b")) as (client, _, _):
         for path in ("/health", "/health/live", "/ping", "/metrics"):
             client.get(path)
-        assert lines() == []
-        caplog.set_level(logging.DEBUG, LOGGER)
+    assert lines() == []
+    caplog.set_level(logging.DEBUG, LOGGER)
+    with scripted(saying("a</think>b")) as (client, _, _):
         client.get("/health")
-        assert [record.levelname for record in caplog.records if record.name == LOGGER] == ["DEBUG"]
+    assert [record.levelname for record in caplog.records if record.name == LOGGER] == ["DEBUG"]
     caplog.set_level(logging.INFO, LOGGER)
 
     async def look() -> None:
@@ -154,6 +155,7 @@ def test_a_path_cannot_write_lines_of_its_own_and_is_not_told_without_end(lines)
     for line in lines():
         assert line.isprintable()
         assert fields(line)["status"] in ("400", "404") and len(line) < 250
+    assert "yyy... status=" in lines()[1]
     assert len(lines()) == 2
 
 

@@ -149,6 +149,8 @@ def test_a_request_is_counted_by_protocol_mode_and_end_with_its_tokens_and_times
     assert told("request_generation_tokens_sum") == spoken + 4
     assert told("reasoning_tokens_total") > 0
     whole = told("request_prefill_time_seconds_sum") + told("request_decode_time_seconds_sum")
+    decodes = [told("request_time_per_output_token_seconds_sum"), told("request_decode_time_seconds_sum")]
+    assert decodes[1] / (spoken - 1) < decodes[0] < decodes[1] / 3
     assert told("request_inference_time_seconds_sum") == pytest.approx(whole)
     assert told("e2e_request_latency_seconds_sum") == pytest.approx(
         told("time_to_first_token_seconds_sum") + told("request_decode_time_seconds_sum")
@@ -197,6 +199,11 @@ def test_tokens_that_come_together_share_the_time_they_let_wait():
     assert told("inter_token_latency_seconds_sum") == pytest.approx(0.2)
 
 
+def ends(client: httpx.Client, end: str) -> float | None:
+    """How many requests have ended so: it is counted behind the last of the answer."""
+    return scrape(client).get("requests_total", protocol="chat_completions", mode="high", end=end)
+
+
 def has_begun(service: Service) -> bool:
     """Whether a token of a request has come."""
     return any(e.outcome.first_token is not None for e in service.exchanges.values())
@@ -229,11 +236,11 @@ def test_srv_02_a_client_that_leaves_is_counted_by_how_far_its_request_was():
         leave_once(lambda: has_begun(service))
         engine.prompt_steps = 10_000
         leave_once(lambda: any(e.outcome.progress for e in service.exchanges.values()))
+        until(lambda: ends(client, "abort") == 3)
         told = scrape(client)
     for phase in ("queue", "prompt", "output"):
         assert told("cancelled_total", phase=phase, by="client") == 1, phase
         assert told("cancelled_total", phase=phase, by="server") == 0, phase
-    assert told("requests_total", protocol="chat_completions", mode="high", end="abort") == 3
     assert told("request_success_total", finished_reason="abort") == 3
     assert told("e2e_request_latency_seconds_count") == 0, "what was cut off has no time of its own"
     assert told("time_to_first_token_seconds_count") == 1
@@ -264,6 +271,7 @@ def test_a_request_that_a_closing_server_ends_is_not_counted_as_its_clients_doin
             until(lambda: next(lines) and has_begun(service))
             asyncio.run_coroutine_threadsafe(service.drain(), loop.loop).result(20)
             assert "shutting down" in "".join(lines)
+        until(lambda: ends(client, "abort") == 1)
         told = scrape(client)
     assert told("cancelled_total", phase="output", by="server") == 1
     assert told("cancelled_total", phase="output", by="client") == 0
@@ -277,10 +285,10 @@ def test_errors_are_counted_by_their_status_also_within_a_stream():
         assert client.get(PATH).status_code == 405
         engine.fail = "it broke"
         assert "it broke" in client.post(PATH, json={**BODY, "stream": True}).text
+        until(lambda: ends(client, "error") == 1)
         told = scrape(client)
     for status in ("400", "404", "405", "500"):
         assert told("refusals_total", status=status) == 1, status
-    assert told("requests_total", protocol="chat_completions", mode="high", end="error") == 1
     assert told("request_success_total", finished_reason="error") == 1
 
 
@@ -298,6 +306,7 @@ def test_a_full_queue_shows_its_length_and_what_it_refused():
         engine.hold.clear()
         for thread in threads:
             thread.join()
+        until(lambda: service.gate.num_inside == 0)
         after = scrape(client)
     assert (told("requests_inside"), told("queue_length"), told("queue_limit")) == (2, 1, 1)
     assert told("gate_refusals_total") == told("refusals_total", status="429") == 1

@@ -99,9 +99,12 @@ def test_a_scrape_during_a_long_step_tells_what_is_known_and_its_age():
         began = time.monotonic()
         with httpx.Client(base_url=url) as other:
             seen = [scrape(client), scrape(other)]
+        num_asked = engine.num_asked
         took = time.monotonic() - began
         engine.hold.clear()
         worker.join()
+        until(lambda: engine.num_asked > num_asked)
+        assert engine.num_asked == num_asked + 1, "however many scrapes wait, the engine is asked once"
         until(lambda: scrape(client)("engine_stats_age_seconds") < 0.9)
     assert took < 10, "two scrapes, each of which gave up after a second"
     for told in seen:

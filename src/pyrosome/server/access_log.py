@@ -76,9 +76,6 @@ class AccessLog:
 
         try:
             await self._app(scope, receive, noted)
-        except Exception:
-            line.status = line.status or 500  # answered outside of here
-            raise
         finally:
             _line.reset(mark)
             _write(scope, line, time.monotonic() - began)
