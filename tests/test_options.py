@@ -13,6 +13,7 @@ from pyrosome.options import SamplingParams
 INTEGERS = {
     "max_tokens": (1, None), "top_k": (0, None), "seed": (-(2**63), 2**64 - 1), "logprobs": (0, 100), "n": (1, 128),
     "max_thinking_tokens": (0, None), "max_repeats": (2, None), "prompt_logprobs": (0, 100),
+    "min_tokens": (0, None),
 }  # fmt: skip
 NUMBERS = {  # lowest, highest, whether the lowest is itself refused
     "temperature": (0, 100, False),
@@ -35,7 +36,7 @@ def test_defaults_are_the_model_s_own_distribution():
         "max_tokens": 256, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "presence_penalty": 0.0,
         "frequency_penalty": 0.0, "repetition_penalty": 1.0, "seed": None, "stop_token_ids": (), "stop": (),
         "logprobs": None, "ignore_eos": False, "n": 1, "max_thinking_tokens": None, "max_repeats": None,
-        "prompt_logprobs": None,
+        "prompt_logprobs": None, "min_tokens": 0,
     }  # fmt: skip
 
 

@@ -141,7 +141,7 @@ FIELDS = {
     "SamplingParams": [
         "max_tokens", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
         "repetition_penalty", "seed", "stop_token_ids", "stop", "logprobs", "ignore_eos", "n",
-        "max_thinking_tokens", "max_repeats", "prompt_logprobs",
+        "max_thinking_tokens", "max_repeats", "prompt_logprobs", "min_tokens",
     ],
 }  # fmt: skip
 

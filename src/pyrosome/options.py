@@ -34,9 +34,11 @@ class SamplingParams:
     max_repeats: int | None = None  # end when the last tokens are one passage so many times over; None: never
     # Report the prompt's own tokens from the second on, and this many top ones beside each; all of it is computed then.
     prompt_logprobs: int | None = None
+    min_tokens: int = 0  # it does not end by itself before so many, unless a grammar has nothing more to say
 
     def __post_init__(self) -> None:
         require_integer("max_tokens", self.max_tokens, 1)
+        require_integer("min_tokens", self.min_tokens, 0)
         _number("temperature", self.temperature, 0, 100)
         _number("top_p", self.top_p, 0, 1, open_below=True)
         require_integer("top_k", self.top_k, 0)

@@ -203,6 +203,32 @@ def test_an_answer_is_not_over_before_it_says_something(home):
     assert not started.mask(0)[EOS]
 
 
+@both
+def test_an_answer_is_not_over_before_it_has_the_tokens_it_must(home):
+    params, think_end = SamplingParams(min_tokens=3, stop_token_ids=(7,)), id_of(home, "</think>")
+    guide = GRAMMARS[home].compile(None, None, params)
+    for _ in range(3):
+        guide.prepare([5, EOS])
+        assert not guide.mask(0)[[EOS, 7]].any() and guide.mask(0).sum() == GRAMMARS[home].vocab_size - 2
+        guide.accept(5)
+    assert guide.is_free
+    thinking = GRAMMARS[home].compile(None, think_end, params, never_empty=False)
+    for token in (5, 5, think_end):
+        thinking.accept(token)
+    assert thinking.is_free, "thoughts count"
+    word = GRAMMARS[home].compile(Constraint("regex", "a*"), None, params)
+    for token in tokenizer(HOMES[home][0]).encode("a") * 3:
+        word.prepare([])
+        assert not word.mask(0)[EOS]
+        word.accept(token)
+    word.prepare([])
+    assert word.mask(0)[EOS]
+    short = GRAMMARS[home].compile(Constraint("regex", "a"), None, params)
+    short.accept(tokenizer(HOMES[home][0]).encode("a")[0])
+    short.prepare([])
+    assert short.mask(0)[EOS], "the grammar has nothing more to say"
+
+
 def test_no_tokenizer_is_needed_where_there_is_no_grammar():
     guide = Grammars(None, 64, EOS).compile(None, 7, SamplingParams(max_thinking_tokens=0))
     guide.prepare([7, 3])

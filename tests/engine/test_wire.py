@@ -23,7 +23,7 @@ WHOLE = Request(
     SamplingParams(
         max_tokens=7, temperature=0.25, top_p=0.5, top_k=3, min_p=0.125, presence_penalty=-1.0, frequency_penalty=2.0,
         repetition_penalty=1.5, seed=2**64 - 1, stop_token_ids=(1, 2), stop=("\n", "é"), logprobs=5, ignore_eos=True,
-        n=3, max_thinking_tokens=9, max_repeats=4, prompt_logprobs=2,
+        n=3, max_thinking_tokens=9, max_repeats=4, prompt_logprobs=2, min_tokens=2,
     ),
     priority=-2,
     salt="tenant",

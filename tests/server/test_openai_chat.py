@@ -310,8 +310,8 @@ def test_thoughts_are_given_as_reasoning_too_where_the_server_is_told_to():
 def test_fields_of_vllms_clients_reach_the_engine(server):
     fields = {
         "top_k": 5, "min_p": 0.1, "repetition_penalty": 1.1, "stop_token_ids": [9], "ignore_eos": False,
-        "max_repeats": 4, "temperature": 0.5, "top_p": 0.5, "presence_penalty": 0.5, "frequency_penalty": -0.5,
-        "seed": -3, "priority": -5, "cache_salt": "mine", "thinking_budget": 12,
+        "max_repeats": 4, "min_tokens": 2, "temperature": 0.5, "top_p": 0.5, "presence_penalty": 0.5,
+        "frequency_penalty": -0.5, "seed": -3, "priority": -5, "cache_salt": "mine", "thinking_budget": 12,
     }  # fmt: skip
     body = ask(server, "a</think>b", **fields)
     request = server[1].requests[-1]
@@ -390,7 +390,7 @@ REFUSED = {
     "thoughts that are no flag": ({"include_reasoning": "no"}, "invalid_request_error", "include_reasoning"),
     "a model that is no name": ({"model": 3}, "invalid_request_error", "model is 3"),
     "a bias": ({"logit_bias": {"5": 1}}, "invalid_request_error", "logit_bias"),
-    "a least length": ({"min_tokens": 5}, "invalid_request_error", "min_tokens is 5"),
+    "a least length below zero": ({"min_tokens": -5}, "invalid_request_error", "min_tokens is -5"),
     "the old form of tools": ({"functions": [{"name": "f"}]}, "invalid_request_error", "functions"),
     "speech": ({"modalities": ["text", "audio"]}, "invalid_request_error", "audio"),
     "two grammars": ({"guided_regex": "a", "guided_json": {}}, "invalid_request_error", "guided_json, guided_regex"),

@@ -91,6 +91,7 @@ def test_stop_strings_cut_a_completion_at_the_same_place_in_every_stream(server,
         offsets, tokens = choice["logprobs"]["text_offset"], choice["logprobs"]["tokens"]
         told = tokens[:-1] if tokens[-1] == TOKENIZER.decode([EOS]) else tokens
         assert "".join(told).startswith(choice["text"])
+        assert len("".join(told[:-1])) < len(choice["text"]), "no token that is all cut off"
         assert offsets == [len("".join(tokens[:n])) for n in range(len(tokens))]
 
 

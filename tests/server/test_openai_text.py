@@ -281,7 +281,7 @@ def test_sampling_reaches_the_engine(server):
     fields = {
         "temperature": 0.5, "top_p": 0.5, "top_k": 5, "min_p": 0.1, "presence_penalty": 0.5, "frequency_penalty": -0.5,
         "repetition_penalty": 1.1, "seed": -3, "stop_token_ids": [9], "ignore_eos": False, "max_repeats": 4,
-        "max_tokens": 9, "stop": ["zz"],
+        "min_tokens": 2, "max_tokens": 9, "stop": ["zz"],
     }  # fmt: skip
     ask(server, "a", **fields, priority=-5, user_id="u", response_format={"type": "json_object"})
     request = server[1].requests[-1]
@@ -434,7 +434,13 @@ def test_each_prompt_has_a_line_in_the_ledger(watched):
 @pytest.mark.parametrize("stream", [False, True])
 def test_one_that_fails_fails_the_request_and_ends_the_others(watched, stream):
     client, engine, ledger, _ = watched
-    engine.script, engine.step_s, engine.fail = saying("a b " * 500), 0.02, "a fault of one"
+    engine.script, engine.step_s, advance = saying("a b " * 500), 0.02, engine._advance
+
+    def second_fails(name, state):
+        fails = name.endswith("-1") and state["at"] > 2
+        return engine._end(state, {0}, "error", "a fault of one") if fails else advance(name, state)
+
+    engine._advance = second_fails
     reply = client.post(PATH, json={"prompt": ["x", "y", "z"], "stream": stream, "max_tokens": 2000})
     if stream:
         assert events_of(reply.text)[-1] == ("", "[DONE]")
@@ -444,7 +450,7 @@ def test_one_that_fails_fails_the_request_and_ends_the_others(watched, stream):
         error = reply.json()["error"]
     assert "a fault of one" in error["message"]
     until(lambda: len(ledger.entries) == 3)
-    assert ledger.statuses == ["abort", "abort", "error"]
+    assert {e.request[-2:]: e.status for e in ledger.entries if e.status != "abort"} == {"-1": "error"}
     until(lambda: not engine.has_work)
     assert len(engine.aborted) == 2
     until(lambda: is_idle(client))
@@ -519,12 +525,14 @@ def test_a_server_that_closes_tells_a_client_of_several_prompts(watched, stream)
     until(lambda: len(ledger.entries) == 2 and is_idle(client))
 
 
-def test_several_prompts_end_at_their_deadline():
-    with serving(saying("x"), ServerOptions(deadline_s=0.2), prompt_steps=10_000, step_s=0.005) as (client, engine):
-        reply = client.post(PATH, json={"prompt": ["x", "y"]})
-        assert reply.status_code == 504
-        until(lambda: not engine.has_work)
-        until(lambda: is_idle(client))
+def test_several_prompts_end_at_their_deadline(watched):
+    client, engine, ledger, _ = watched
+    engine.prompt_steps, engine.step_s = 10_000, 0.005
+    reply = client.post(PATH, json={"prompt": ["x", "y", "z"]}, headers={"x-request-deadline": "1"})
+    assert "1 s this request may take are over" in reply.json()["error"]["message"]
+    until(lambda: not engine.has_work)
+    until(lambda: is_idle(client))
+    assert ledger.statuses == ["abort", "abort", "error"]
 
 
 # The render path, and all paths

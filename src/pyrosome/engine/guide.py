@@ -42,7 +42,7 @@ class Guide:
         self._grammars, self._start, self._think_end = grammars, start, think_end
         self._kind = constraint.kind if constraint else ""
         self._waits = self._kind == "tool_call" and constraint is not None and constraint.answer is None
-        self._thinking_limit = params.max_thinking_tokens
+        self._thinking_limit, self._min_tokens = params.max_thinking_tokens, params.min_tokens
         # Text completions may end at once: only an answer is never empty.
         self._never_empty = (think_end is not None or start is not None) if never_empty is None else never_empty
         stops = {t for t in params.stop_token_ids if 0 <= t < grammars.vocab_size}
@@ -151,7 +151,9 @@ class Guide:
 
     @property
     def _must_go_on(self) -> bool:
-        """Whether an answer that ended here would be empty."""
+        """Whether an answer that ended here would be empty, or too short."""
+        if self._reasoning_tokens + self._answer_tokens < self._min_tokens:
+            return True
         return self._never_empty and (self._is_blank if self._matcher is None else not self._answer_tokens)
 
     def _may_end(self, token: int) -> bool:

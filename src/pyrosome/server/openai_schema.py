@@ -62,6 +62,7 @@ _COMMON: dict[str, Schema] = {
     "stop": _STOP,
     "stop_token_ids": _or_null(type="array", items={"type": "integer", "minimum": 0}),
     "ignore_eos": _flag(),
+    "min_tokens": _integer(0, 393216, "It does not end by itself before."),
     "max_repeats": _integer(2, 1000, "End where the last tokens are one passage so many times over."),
     "stream": _flag(),
     "stream_options": _STREAM_OPTIONS,

@@ -92,7 +92,7 @@ def params_of(service: Service, prompt: Prompt, body: dict[str, Any]) -> Samplin
     if prompt.sampling.seed is None:
         changes["seed"] = random.getrandbits(SEED_BITS)
     if not service.chat.compat:
-        for name in ("stop_token_ids", "ignore_eos", "max_repeats", "n", "prompt_logprobs"):
+        for name in ("stop_token_ids", "ignore_eos", "max_repeats", "n", "prompt_logprobs", "min_tokens"):
             if body.get(name) is not None:
                 changes[name] = body[name]
         budget = thinking_budget(body)

@@ -19,7 +19,7 @@ MAX_STOPS = 16
 FIM_BEGIN, FIM_HOLE, FIM_END = "<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"
 _SAMPLING = (
     "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "seed",
-    "stop_token_ids", "stop", "ignore_eos", "max_repeats", "n", "logprobs", "prompt_logprobs",
+    "stop_token_ids", "stop", "ignore_eos", "max_repeats", "n", "logprobs", "prompt_logprobs", "min_tokens",
 )  # fmt: skip
 
 

@@ -12,7 +12,6 @@ from pyrosome.errors import RequestError
 
 # Values that wish for nothing, and what to do instead.
 _FIELDS: dict[str, tuple[tuple[Any, ...], str]] = {
-    "min_tokens": ((0,), "an answer is never empty; with ignore_eos it has max_tokens"),
     "logit_bias": (({},), "a grammar (structured_outputs) rules tokens out"),
     "bad_words": (([],), "a grammar (structured_outputs) rules words out"),
     "allowed_token_ids": (([],), "a grammar (structured_outputs) rules tokens out"),
