@@ -5,12 +5,15 @@ They run where PYROSOME_CLIENTS=1 is set, and then whatever they lack is a failu
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
 
 import pytest
 
 from tests.e2e import clients
-from tests.e2e.serving import serving
+from tests.e2e.serving import NANO, serving
 
 
 def pytest_collection_modifyitems(config, items):
@@ -23,9 +26,30 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(scope="session")
 def model_server():
-    """The base URL of a server on the built-in model."""
-    with serving("builtin:nano") as server:
-        yield server.url
+    """`pyrosome serve` with the built-in model."""
+    with serving(*NANO) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def agent_server():
+    """A server whose model does what an agent asks of it."""
+    with serving("tests.e2e.agent_server") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def key_server(tmp_path_factory):
+    """`pyrosome serve` where a key is needed: the server, a key, and one for a single request at once."""
+    state = tmp_path_factory.mktemp("state")
+
+    def key(*flags: str) -> str:
+        command = [sys.executable, "-m", "pyrosome", "keys", "create", "--json", "--state", str(state), *flags]
+        return json.loads(subprocess.run(command, capture_output=True, check=True).stdout)["secret"]
+
+    keys = key("wide"), key("narrow", "--concurrent", "1")
+    with serving(*NANO[:-1], "--keys", "required", "--state", state=state) as server:
+        yield server, *keys
 
 
 @pytest.fixture(scope="session")

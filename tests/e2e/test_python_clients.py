@@ -6,25 +6,26 @@ import pytest
 
 from tests.e2e.clients import names_of
 
+SCRIPTS = ("openai_chat.py", "openai_rest.py", "anthropic_messages.py", "litellm_providers.py", "langchain_chat.py")
+CASES = [(script, name) for script in SCRIPTS for name in names_of(script)]
 pytestmark = pytest.mark.clients
 
 
-def cases(script: str):
-    return pytest.mark.parametrize("name", names_of(script))
+@pytest.fixture(scope="module")
+def told(scripts, model_server, agent_server, key_server):
+    """What became of a script's cases."""
+    locked, key, narrow = key_server
+    return lambda script: scripts(script, model_server.url, agent_server.url, locked.url, key, narrow)
 
 
-def held(scripts, script: str, name: str, *arguments: str) -> None:
-    found = scripts(script, *arguments)
+@pytest.mark.parametrize(("script", "name"), CASES, ids=[f"{s.removesuffix('.py')}-{n}" for s, n in CASES])
+def test_a_client_library_gets_what_it_asks_for(told, script, name):
+    found = told(script)
     assert name in found, f"{script} ended before {name}; it told of {sorted(found)}"
     assert not found[name], found[name]
 
 
-@cases("openai_chat.py")
-def test_openai_has_its_chat_completions(scripts, model_server, name):
-    held(scripts, "openai_chat.py", name, model_server)
-
-
-def test_nothing_beyond_this_machine_was_wanted(outside, scripts, model_server):
-    for script in ("openai_chat.py",):
-        scripts(script, model_server)
+def test_nothing_beyond_this_machine_was_wanted(told, outside):
+    for script in SCRIPTS:
+        told(script)
     assert outside.wanted == []
