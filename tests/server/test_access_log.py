@@ -140,11 +140,12 @@ def test_nothing_that_was_said_is_in_any_line_at_any_level(caplog):
             assert answer.status_code == 200
         client.post(f"{PATH}?q=Zquery", json={"messages": "Zbad"}, headers=keys)
         client.post(f"{PATH}?q=Zquery", content=b'{"Zbad', headers={**keys, "content-type": "application/json"})
-        client.get("/v1/pyr-Zkey-0123456789abcdef?q=Zquery")
+        for kind in ("pyr", "pyi", "sk"):
+            client.get(f"/v1/{kind}-Zkey-0123456789abcdef?q=Zquery")
         engine.fail = "it broke"
         client.post(PATH, json=body, headers=keys)
     written = [record.getMessage() + str(record.exc_text or "") for record in caplog.records]
-    assert len([r for r in caplog.records if r.name == LOGGER]) == 6
+    assert len([r for r in caplog.records if r.name == LOGGER]) == 8
     assert [(mark, line) for mark in marks for line in written if mark in line] == []
 
 

@@ -32,7 +32,7 @@ PROBES = (
     "/version",
 )  # asked every few seconds: lines at DEBUG
 
-_KEY = re.compile(r"(?i)\b(pyr|sk)-[^/]+")
+_KEY = re.compile(r"(?i)\b(pyr|pyi|sk)-[^/]+")
 
 
 def install(app: FastAPI, service: Service) -> None:
