@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+from pathlib import Path
 
 import pytest
 
@@ -174,6 +176,23 @@ def test_an_engine_that_ends_under_a_turn_leaves_the_saved_session_as_it_was(tmp
             engine.hold.clear()
             assert b"ended" in b"".join(pieces)
         assert turn(client, session).status_code == 200 and shown(client, session)["num_messages"] == 2
+
+
+# The page about them
+
+PAGE = (Path(__file__).parents[2] / "docs" / "sessions.md").read_text()
+
+
+def test_the_page_has_every_route_and_the_limits_as_they_are(tmp_path):
+    with remembering(saying(THOUGHT), tmp_path) as (client, _, _):
+        found = client.get("/openapi.json").json()["paths"]
+    routes = {f"{m.upper()} {path}" for path, methods in found.items() if "/sessions" in path for m in methods}
+    assert set(re.findall(r"^\| `([A-Z]+ /v1/sessions\S*)`", PAGE, re.M)) == routes and len(routes) == 11
+    limits = Limits()
+    assert f"| {limits.open_each} / {limits.open_all} |" in PAGE
+    assert f"| {limits.saved_each:,} sessions, {limits.disk_bytes_each >> 30} GiB |" in PAGE
+    assert f"of an account | {limits.transfers_each} |" in PAGE
+    assert f"| {limits.conversation_bytes >> 20} MiB |" in PAGE
 
 
 # Damage
