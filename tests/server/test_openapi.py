@@ -45,12 +45,12 @@ def test_every_path_is_in_it_once_with_what_it_takes_and_answers(server):
                 assert schema["properties"], (path, method)
 
 
-def test_no_request_of_its_kind_gets_a_fault_or_an_answer_it_does_not_name(server):
+def test_no_request_of_its_kind_gets_a_fault_or_an_answer_it_does_not_name(server, tmp_path):
     _, key = server.key(name="everything")
     command = [
         sys.executable, "-m", "schemathesis.cli", "run", f"{server.url}/openapi.json", "--checks", CHECKS,
         "--max-examples", "4", "--seed", "7", "--phases", "examples,coverage,fuzzing", "--no-color", "-H",
         f"Authorization: Bearer {key}", "--exclude-path-regex", "^/(admin|account)/keys/.*/(revoke|rotate)",
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
