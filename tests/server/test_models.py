@@ -30,6 +30,14 @@ def test_one_model_is_found_by_each_of_its_names_and_no_other(client):
     assert (missing.status_code, missing.json()["error"]["code"]) == (404, "model_not_found")
 
 
+def test_the_tokens_that_begin_and_end_a_text_are_told(client):
+    for path in ("/tokenizer_info", "/v1/tokenizer_info"):
+        info = client.get(path).json()
+    assert (info["bos_token"], info["bos_token_id"]) == ("<｜begin▁of▁sentence｜>", 0)
+    assert (info["eos_token"], info["eos_token_id"]) == ("<｜end▁of▁sentence｜>", 1)
+    assert (info["model_max_length"], info["vocab_size"]) == (1 << 20, TOKENIZER.vocab_size)
+
+
 def test_text_is_encoded_and_decoded_again(client):
     text = "héllo <｜User｜> 🐙"
     plain = client.post("/tokenize", json={"prompt": text}).json()

@@ -1,4 +1,4 @@
-"""What is served, and its tokenizer: `/v1/models`, `/tokenize`, `/detokenize`, `/plan`."""
+"""What is served, and its tokenizer: `/v1/models`, `/tokenize`, `/detokenize`, `/tokenizer_info`, `/plan`."""
 
 from __future__ import annotations
 
@@ -60,6 +60,9 @@ def router() -> APIRouter:
     for suffix, post, schema in (("/tokenize", _tokenize, _TOKENIZE), ("/detokenize", _detokenize, _DETOKENIZE)):
         for n, path in enumerate((suffix, "/v1" + suffix)):
             routes.add_api_route(path, post, methods=["POST"], include_in_schema=n == 0, **described(schema))
+    for n, path in enumerate(("/tokenizer_info", "/v1/tokenizer_info")):
+        described_as = described({}, statuses=_PUBLIC)
+        routes.add_api_route(path, _tokenizer_info, methods=["GET"], include_in_schema=n == 0, **described_as)
     routes.add_api_route("/plan", _plan, methods=["GET"], **described({}, statuses=_PUBLIC))
     return routes
 
@@ -137,6 +140,16 @@ async def _detokenize(request: Request) -> Response:
     if wrong is not None:
         raise Refused(400, f"tokens holds {wrong}; this model's ids are 0 to {service.card.vocab_size - 1}")
     return JSONResponse({"prompt": await asyncio.to_thread(service.chat.tokenizer.decode, ids)})
+
+
+async def _tokenizer_info(request: Request) -> Response:
+    """The tokens that begin and end a text, in vLLM's shape: lm-eval takes its tokens from here where it is found."""
+    await caller_of(request, GENERATE)
+    card, tokenizer = service_of(request).card, service_of(request).chat.tokenizer
+    begin, end = (tokenizer.decode([i]) for i in (card.begin_token, card.end_token))
+    info = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": begin, "eos_token": end, "pad_token": None}
+    ids = {"bos_token_id": card.begin_token, "eos_token_id": card.end_token}
+    return JSONResponse({**info, **ids, "model_max_length": card.context_tokens, "vocab_size": card.vocab_size})
 
 
 async def _plan(request: Request) -> Response:
