@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import datetime
+from collections.abc import Callable
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -52,7 +53,7 @@ _PUBLIC = (401, 403, 404, 500, 503)
 def router() -> APIRouter:
     """The routes about the model itself."""
     routes = APIRouter(tags=["model"])
-    gets = {"/models": _list, "/models/{model:path}": _one}
+    gets: dict[str, Callable[..., Any]] = {"/models": _list, "/models/{model:path}": _one}
     for suffix, route in gets.items():
         for n, path in enumerate([*paths(suffix), "/anthropic/v1" + suffix]):
             described_as = described({}, statuses=_PUBLIC)
