@@ -81,7 +81,4 @@ def _overlap(text: str, at: int, token: _Waiting[T]) -> tuple[int, str]:
         rest = len(text) - at
         if rest < len(own) and own.startswith(text[at:]):
             return rest, own[rest:]
-        bare = own.rstrip("\n")  # its newlines may have been dropped, before text that belongs to the same piece
-        if bare and text.startswith(bare, at):
-            return len(bare), ""
     return 0, ""
