@@ -288,8 +288,9 @@ def test_a_last_message_of_the_assistant_is_continued(server):
 
 
 def test_one_answer_is_given_whatever_number_is_asked_for(server):
-    assert ask(server, "a</think>b", n=3).json()["content"][1]["text"] == "b"
-    assert server[1].requests[-1].params.n == 1
+    assert ask(server, "a</think>b", n=3, prompt_logprobs=1).json()["content"][1]["text"] == "b"
+    params = server[1].requests[-1].params
+    assert (params.n, params.prompt_logprobs) == (1, None)
 
 
 def test_thoughts_that_are_not_to_be_shown_come_in_the_signature_and_go_back_in_it(server):

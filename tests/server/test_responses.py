@@ -411,6 +411,12 @@ def test_modes_and_the_budget_of_thoughts(server, fields, mode, budget):
     assert server[1].requests[-1].params.max_thinking_tokens == budget
 
 
+def test_one_answer_is_given_whatever_number_is_asked_for(server):
+    assert ask(server, "</think>b", n=3, prompt_logprobs=1).json()["output"][0]["content"][0]["text"] == "b"
+    params = server[1].requests[-1].params
+    assert (params.n, params.prompt_logprobs) == (1, None)
+
+
 @pytest.mark.parametrize("thinking", [True, False])
 def test_the_servers_own_mode_and_effort_hold_where_a_client_names_none(thinking):
     options = ServerOptions(thinking=thinking, effort="low")
