@@ -44,6 +44,28 @@ def test_so_many_are_open_and_those_that_are_saved_make_room(tmp_path, monkeypat
         made(client)
 
 
+def test_sessions_take_so_much_memory_and_no_more(tmp_path, monkeypatch):
+    limited(monkeypatch, open_bytes_each=10_000)
+    large, small = {"role": "user", "content": "x" * 4000}, {"role": "user", "content": "x"}
+    with remembering(saying(THOUGHT), tmp_path) as (client, engine, _):
+        a, b = made(client, messages=[large]), made(client, messages=[large])
+        assert "of at most 64 and 10,000" in error_of(client.post("/v1/sessions", json={"messages": [large]}), 429)
+        error_of(client.post("/v1/sessions", json={"ids": [5] * 50}), 429)  # 40 bytes each
+        error_of(client.post(f"/v1/sessions/{a}/extend", json={"messages": [large]}), 429)
+        error_of(turn(client, a, messages=[large]), 429)
+        text = made(client, ids=[5] * 5)
+        error_of(client.post(f"/v1/sessions/{text}/extend", json={"ids": [5] * 50}), 429)
+        assert shown(client, text)["tokens"] == 5 and shown(client, a)["messages"] == [large]
+        error_of(client.post(f"/v1/sessions/{a}/fork"), 429)
+        assert len(engine.sessions) == 3
+        client.post(f"/v1/sessions/{b}/save")
+        assert client.post(f"/v1/sessions/{a}/extend", json={"messages": [small]}).status_code == 200
+        assert client.post(f"/v1/sessions/{a}/extend", json={"messages": [large]}).status_code == 200
+        assert shown(client, b)["status"] == "saved" and len(engine.sessions) == 2
+        client.post(f"/v1/sessions/{a}/rewind", json={"messages": 1})
+        assert shown(client, b)["messages"] == [large] and turn(client, b).status_code == 200
+
+
 def test_one_account_does_not_take_anothers_places(tmp_path, monkeypatch):
     limited(monkeypatch, open_each=2, open_all=3, saved_each=1)
     with remembering(saying(THOUGHT), tmp_path, door=Doors()) as (client, _, _):
@@ -192,6 +214,7 @@ def test_the_page_has_every_route_and_the_limits_as_they_are(tmp_path):
     assert f"| {limits.open_each} / {limits.open_all} |" in PAGE
     assert f"| {limits.saved_each:,} sessions, {limits.disk_bytes_each >> 30} GiB |" in PAGE
     assert f"of an account | {limits.transfers_each} |" in PAGE
+    assert f"| {limits.open_bytes_each >> 20} MiB / {limits.open_bytes_all >> 30} GiB |" in PAGE
     assert f"| {limits.conversation_bytes >> 20} MiB |" in PAGE
 
 

@@ -20,7 +20,7 @@ from pyrosome.errors import CheckpointError, DoesNotFit, PyrosomeError, RequestE
 from pyrosome.server.caller import Caller
 from pyrosome.server.problems import Refused
 from pyrosome.server.service import Service
-from pyrosome.server.session_state import Hold, Session, as_saved, busy, full, of_notes, unusable
+from pyrosome.server.session_state import BUSY, ID_BYTES, Hold, Session, as_saved, full, json_bytes, of_notes, unusable
 from pyrosome.server.session_store import ID, TEXT, Conversation, Record, SessionStore
 
 LOOK_S = 0.002  # between two looks at whether the engine has ended a turn
@@ -33,6 +33,8 @@ class Limits:
 
     open_each: int = 64  # an account's sessions that are open in the engine
     open_all: int = 256
+    open_bytes_each: int = 512 << 20  # of memory beside the cache, for messages and ids
+    open_bytes_all: int = 2 << 30
     saved_each: int = 1024
     disk_bytes_each: int = 64 << 30  # of an account's files
     transfers_each: int = 4  # files on their way, in or out
@@ -94,11 +96,10 @@ class Sessions:
             RequestError: an id outside the vocabulary.
         """
         self.check_size(said)
-        session = Session(
-            self.store.new_id(), caller.account, kind, name, int(time.time()), caller.salt, conversation=said
-        )
+        session = Session(self.store.new_id(), caller.account, kind, name, int(time.time()), caller.salt)
+        session.say(said)
         async with self._opening:
-            await self._make_room(session)
+            await self._make_room(session, ID_BYTES * len(ids))
             session.engine_id = await self._service.engine.call("session_open", salt=session.cache_salt)
             self._all[session.id] = session
         if ids:
@@ -118,7 +119,7 @@ class Sessions:
         while True:
             await self.present(session)
             try:
-                return await self._patiently(session, name, arguments)
+                return await self._patiently(session.engine_id, name, arguments)
             except UnknownSession:
                 self._lost(session)
 
@@ -144,7 +145,8 @@ class Sessions:
             except (CheckpointError, OSError, msgspec.MsgspecError) as error:
                 session.fault = str(error)
                 raise unusable(session, session.fault) from None
-            session.conversation, session.length, session.is_changed = said, record.tokens, False
+            session.say(said)
+            session.length, session.is_changed = record.tokens, False
 
     async def align(self, session: Session) -> None:
         """Cut away what a turn that was broken off has left in the engine."""
@@ -159,13 +161,13 @@ class Sessions:
             await self.align(session)
             twin = Session(
                 self.store.new_id(), session.account, session.kind, name, int(time.time()), session.salt,
-                conversation=Conversation(list(session.said.messages), dict(session.said.settings)),
                 length=session.length, is_imported=session.is_imported,
             )  # fmt: skip
+            twin.say(Conversation(list(session.said.messages), dict(session.said.settings)))
             async with self._opening:
                 await self._make_room(twin)
                 try:
-                    twin.engine_id = await self._patiently(session, "session_fork", {})
+                    twin.engine_id = await self._patiently(session.engine_id, "session_fork", {})
                 except UnknownSession:
                     self._lost(session)
                     continue
@@ -237,9 +239,11 @@ class Sessions:
         with Hold(session, "import"):
             try:
                 notes = await self.call(session, "session_notes")
-                session.kind, session.conversation = of_notes(notes)
-                self.check_size(session.said)
+                session.kind, said = of_notes(notes)
+                self.check_size(said)
+                session.say(said)
                 session.length = await self.call(session, "session_length")
+                await self.grow(session, 0)
                 file, size = self.store.new_file(session.id), path.stat().st_size
                 path.rename(file)
                 await self._keep(session, file, size)
@@ -250,10 +254,7 @@ class Sessions:
 
     async def delete(self, session: Session) -> None:
         """Forget it, in the engine and on disk."""
-        if session.engine_id:
-            with contextlib.suppress(PyrosomeError):  # an engine that is not there has no sessions either
-                await self._patiently(session, "session_close", {})
-            session.engine_id = ""
+        await self._close(session)
         if session.record:
             await asyncio.shield(asyncio.to_thread(self.store.delete, session.record))
         self._all.pop(session.id, None)
@@ -266,7 +267,7 @@ class Sessions:
         Raises:
             Refused: 413.
         """
-        size, most = len(msgspec.json.encode(said)), self.limits.conversation_bytes
+        size, most = json_bytes(said), self.limits.conversation_bytes
         if size > most:
             raise Refused(413, f"the conversation has {size:,} bytes as JSON and {most:,} are kept; shorten it")
 
@@ -302,38 +303,50 @@ class Sessions:
             if not self._transfers[account]:
                 del self._transfers[account]
 
-    async def _make_room(self, session: Session) -> None:
-        """Have a place in the engine for one more: those go that are saved as they are, the longest idle first."""
+    async def grow(self, session: Session, more_bytes: int) -> None:
+        """See that an open session may take more memory.
+
+        Raises:
+            Refused: 429.
+        """
+        async with self._opening:
+            await self._make_room(session, more_bytes)
+
+    async def _make_room(self, session: Session, more_bytes: int = 0) -> None:
+        """Have a place for a session: others go that are saved as they are, the longest idle first."""
         limits = self.limits
-        for most, counts in (
-            (limits.open_each, lambda s: s.account == session.account),
-            (limits.open_all, lambda s: True),
-        ):
-            while len(there := [s for s in self._all.values() if s.engine_id and counts(s)]) >= most:
+        for most, most_bytes, owner in (
+            (limits.open_each, limits.open_bytes_each, session.account), (limits.open_all, limits.open_bytes_all, None),
+        ):  # fmt: skip
+            while True:
+                there = [s for s in self._all.values() if s.engine_id and s is not session]
+                there = [s for s in there if owner is None or s.account == owner]
+                num_bytes = session.weight + more_bytes + sum(s.weight for s in there)
+                if len(there) < most and num_bytes <= most_bytes:
+                    break
                 idle = [s for s in there if not s.is_changed and not s.doing]
                 if not idle:
                     raise Refused(
                         429,
-                        f"{len(there)} sessions are open, as many as there may be, and none of them is saved and idle; "
-                        "save or delete one",
+                        f"{len(there)} sessions are open, of {num_bytes:,} bytes with this one, of at most {most} and "
+                        f"{most_bytes:,}; none of them is saved and idle: save or delete one",
                         code="too_many_sessions",
                     )
                 oldest = min(idle, key=lambda s: s.used)
-                with contextlib.suppress(UnknownSession):
-                    await self._patiently(oldest, "session_close", {})
-                oldest.engine_id, oldest.conversation = "", None
+                oldest.conversation = None
+                await self._close(oldest)
 
     # The engine and the disk
 
-    async def _patiently(self, session: Session, name: str, arguments: dict[str, Any]) -> Any:
+    async def _patiently(self, engine_id: str, name: str, arguments: dict[str, Any]) -> Any:
         """An operation on a session that nobody else uses: if it is busy, a turn is being ended just now."""
         until = time.monotonic() + PATIENCE_S
         while True:
             try:
-                return await self._service.engine.call(name, session=session.engine_id, **arguments)
-            except SessionBusy:
+                return await self._service.engine.call(name, session=engine_id, **arguments)
+            except SessionBusy as error:
                 if time.monotonic() > until:
-                    raise busy(session, "generate") from None
+                    raise Refused(409, str(error), code=BUSY) from None
                 await asyncio.sleep(LOOK_S)
 
     def _lost(self, session: Session) -> None:
@@ -359,6 +372,13 @@ class Sessions:
                 f"{record.num_messages} messages and {record.tokens} tokens; send again what came after that",
                 code="session_lost",
             )
+
+    async def _close(self, session: Session) -> None:
+        """Have it no more in the engine."""
+        engine_id, session.engine_id = session.engine_id, ""
+        if engine_id:
+            with contextlib.suppress(PyrosomeError):  # an engine that is not there has no sessions either
+                await self._patiently(engine_id, "session_close", {})
 
     async def _restore(self, session: Session, path: Path) -> str:
         full = str(path.absolute())

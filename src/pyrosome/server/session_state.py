@@ -6,10 +6,13 @@ import dataclasses
 import time
 from typing import Any
 
+import msgspec
+
 from pyrosome.server.problems import Refused
 from pyrosome.server.session_schema import messages_of, settings_of
 from pyrosome.server.session_store import CHAT, TEXT, Conversation, Record
 
+ID_BYTES = 40  # of memory, for an id in a list
 UNUSABLE, FULL, BUSY = "session_unusable", "storage_full", "session_busy"
 
 
@@ -24,7 +27,8 @@ class Session:
     created: int  # seconds since 1970
     salt: str = ""  # its account's
     engine_id: str = ""  # "": not open in the engine
-    conversation: Conversation | None = None  # None: it is on disk
+    conversation: Conversation | None = None  # None: it is on disk; set by `say`
+    conversation_bytes: int = 0  # as JSON
     length: int = 0  # tokens that are part of it; the engine may hold more, of a turn that was broken off
     record: Record | None = None  # as it was saved last
     is_imported: bool = False
@@ -44,6 +48,15 @@ class Session:
         if self.conversation is not None:
             return len(self.conversation.messages)
         return self.record.num_messages if self.record else 0
+
+    @property
+    def weight(self) -> int:
+        """Bytes of memory it takes while it is open, beside the engine's cache: its messages here, its ids there."""
+        return self.conversation_bytes + ID_BYTES * self.length
+
+    def say(self, conversation: Conversation) -> None:
+        """Have that be what was said in it."""
+        self.conversation, self.conversation_bytes = conversation, json_bytes(conversation)
 
     @property
     def said(self) -> Conversation:
@@ -72,6 +85,11 @@ class Hold:
 
     def __exit__(self, *_: object) -> None:
         self.release()
+
+
+def json_bytes(conversation: Conversation) -> int:
+    """How large a conversation is."""
+    return len(msgspec.json.encode(conversation))
 
 
 def as_saved(record: Record) -> Session:

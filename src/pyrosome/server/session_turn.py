@@ -17,6 +17,7 @@ from pyrosome.server.exchange import Asked, Exchange, Said, StillHere
 from pyrosome.server.open_sessions import Sessions
 from pyrosome.server.service import Service
 from pyrosome.server.session_state import Hold, Session
+from pyrosome.server.session_store import Conversation
 from pyrosome.session import common_prefix
 
 
@@ -86,7 +87,7 @@ class ChatTurn(Turn):
 
     def _keep(self) -> None:
         (answer,), said = self.outcome.messages, self._session.said
-        said.messages = [*said.messages, *self._new, answer.to_dict()]
+        self._session.say(Conversation([*said.messages, *self._new, answer.to_dict()], said.settings))
         self._session.length = len(self.asked.request.ids) + len(self.asked.readers[0].ids)
 
 

@@ -25,7 +25,7 @@ from pyrosome.server.openapi import described
 from pyrosome.server.problems import Refused
 from pyrosome.server.routes import answered, body_of, caller_of, chat_asked, priority_of, service_of
 from pyrosome.server.session_files import TYPE, Download, receive_file
-from pyrosome.server.session_state import Hold, Session
+from pyrosome.server.session_state import ID_BYTES, Hold, Session, json_bytes
 from pyrosome.server.session_store import CHAT, TEXT, Conversation
 from pyrosome.server.session_turn import ChatTurn, TextTurn
 from pyrosome.server.shape import as_json
@@ -154,10 +154,12 @@ async def _extend(request: Request, session_id: str) -> Response:
             said = session.said
             more = Conversation([*said.messages, *schema.messages_of(body["messages"])], said.settings)
             sessions.check_size(more)
-            session.conversation = more
+            await sessions.grow(session, json_bytes(more) - session.conversation_bytes)
+            session.say(more)
         else:
             await sessions.align(session)
             ids = await _ids(request, body, given, begins=not session.length)
+            await sessions.grow(session, ID_BYTES * len(ids))
             session.length = await sessions.call(session, "session_extend", ids=ids)
         session.is_changed = True
     return _answer(sessions, session)
@@ -180,7 +182,7 @@ async def _rewind(request: Request, session_id: str) -> Response:
             said = session.said
             if num > len(said.messages):
                 raise Refused(400, f"{num} messages were to be taken back and the session has {len(said.messages)}")
-            session.conversation = Conversation(said.messages[:-num], said.settings)
+            session.say(Conversation(said.messages[:-num], said.settings))
             session.is_changed = True
         else:
             again["tokens_to_compute"] = await sessions.rewind_tokens(session, num)
@@ -253,10 +255,12 @@ async def _chat(
     if body.get("n") not in (None, 1):
         raise Refused(400, f"a session goes on in one way and n is {body['n']!r}; fork it for more")
     new = schema.messages_of(body.get("messages") or [])
-    sessions.check_size(Conversation([*said.messages, *new], said.settings))
+    more = Conversation([*said.messages, *new], said.settings)
+    sessions.check_size(more)
+    await sessions.grow(session, json_bytes(more) - session.conversation_bytes)
     if body.get("continue_final_message") or (new and new[-1].get("prefix")):
         raise Refused(400, "a session's answers are whole and cannot be begun for it; use /v1/chat/completions")
-    whole = schema.with_settings({**body, "messages": [*said.messages, *new]}, said.settings)
+    whole = schema.with_settings({**body, "messages": more.messages}, said.settings)
     form = chat_form(service, whole)
     prompt, asked = await chat_asked(request, whole, caller, "chat_completions", "chatcmpl-", salt=session.cache_salt)
     asked = dataclasses.replace(asked, path=GENERATED, body=body)
