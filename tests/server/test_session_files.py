@@ -25,9 +25,9 @@ from pyrosome.engine.worker import EngineThread
 from pyrosome.options import EngineOptions, ServerOptions
 from pyrosome.server import open_sessions, session_files
 from pyrosome.server.open_sessions import Limits
-from pyrosome.server.service import Service
+from pyrosome.server.service import Service, engine_process
 from tests.server.remembering import Doors, as_, error_of, made, shown, turn
-from tests.server.scripted import MODEL, running
+from tests.server.scripted import MODEL, running, until
 
 LONG = {"role": "user", "content": "Tell me about the falcon on the tower, and what it eats in winter. " * 12}
 MORE = {"role": "user", "content": "And in summer?"}
@@ -183,6 +183,33 @@ def test_what_was_saved_survives_a_kill_in_the_middle_of_everything(tmp_path):
             assert turn(client, session, messages=[MORE], **PLAIN).status_code == 200
     names = {f.name.split(".")[0] for f in (tmp_path / "sessions").glob("*.json")}
     assert names == found.keys()
+
+
+def test_when_the_engines_process_is_killed_what_was_saved_goes_on_in_the_next_one(tmp_path):
+    drivers = []
+
+    def make():
+        drivers.append(engine_process(MODEL, EngineOptions(cache_bytes=64 << 20))())
+        return drivers[-1]
+
+    def asked(session: str) -> httpx.Response:
+        """The answer once there is an engine again."""
+        found = []
+        until(lambda: found.append(turn(client, session, messages=[MORE], **PLAIN)) or found[-1].status_code < 500)
+        return found[-1]
+
+    service = Service(MODEL, ServerOptions(state_path=str(tmp_path)), make_driver=make)
+    with running(service) as url, httpx.Client(base_url=url, timeout=60) as client:
+        kept, lost = made(client, messages=[LONG]), made(client, messages=[LONG])
+        turn(client, kept, **PLAIN)
+        client.post(f"/v1/sessions/{kept}/save")
+        expected = said_by(
+            turn(client, client.post(f"/v1/sessions/{kept}/fork").json()["id"], messages=[MORE], **PLAIN)
+        )
+        os.kill(drivers[0].pid, signal.SIGKILL)
+        reply = asked(kept)
+        assert said_by(reply) == expected and cached_by(reply) > 150
+        assert "never saved" in error_of(asked(lost), 410)
 
 
 # What does not get in
