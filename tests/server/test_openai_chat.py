@@ -1,5 +1,6 @@
 """Chat completions on the wire: what is asked, what comes out, whole and streamed, and what is refused."""
 
+import contextlib
 import json
 import re
 import time
@@ -8,11 +9,15 @@ import httpx2 as httpx
 import pytest
 
 from pyrosome.answer import TokenLog
+from pyrosome.chat import Chat
+from pyrosome.checkpoint.index import open_checkpoint
+from pyrosome.engine.worker import EngineThread
 from pyrosome.options import ServerOptions
 from pyrosome.server.logprobs import LEAST, token_entries
+from pyrosome.server.service import Service
 from tests.server.answers import ASK, OPEN, PARIS, TOOLS, block, call
 from tests.server.assembled import chunks_of, serving, whole_of, without_ids
-from tests.server.scripted import TOKENIZER, saying
+from tests.server.scripted import MODEL, TOKENIZER, ScriptedEngine, running, saying
 
 PATH = "/v1/chat/completions"
 DECLARED = [{"type": "function", "function": {"name": n, "description": "", "parameters": s}} for n, s in TOOLS.items()]
@@ -583,6 +588,41 @@ def test_earlier_thoughts_are_kept_with_tools_and_dropped_without(server):
     assert "because" not in prompt_of(server, turns)["prompt"]
     assert "because" in prompt_of(server, turns, tools=DECLARED)["prompt"]
     assert "because" in prompt_of(server, turns, chat_template_kwargs={"drop_thinking": False})["prompt"]
+
+
+def test_each_run_of_text_between_control_tokens_is_encoded_in_one_piece(server):
+    """ENC-02."""
+    parts = [{"type": "text", "text": t} for t in ("wor", "ld", "\n", "\n and", " on")]
+    shown = prompt_of(
+        server, [{"role": "system", "content": "be\n"}, {"role": "user", "content": parts}], tools=DECLARED
+    )
+    ids, run = [], ""
+    for piece in re.split(r"(<｜begin▁of▁sentence｜>|<｜User｜>|<｜Assistant｜>|<think>$)", shown["prompt"]):
+        run = TOKENIZER.id_of(piece)
+        ids += [run] if run is not None else TOKENIZER.encode(piece)
+    assert ids == shown["token_ids"]
+
+
+def test_the_effort_texts_are_the_checkpoints_own():
+    """REAS-12: the same request at two releases of the model."""
+    texts = {}
+    for dialect in ("preview", "0731"):
+        chat = Chat(open_checkpoint(MODEL).path, dialect=dialect)
+        with scripted_with(chat) as client:
+            for effort in ("low", "high", "max"):
+                body = {"messages": ASK, "reasoning_effort": effort}
+                texts[dialect, effort] = client.post(PATH + "/render", json=body).json()["prompt"]
+    assert texts["preview", "low"] == texts["preview", "high"] == texts["0731", "low"]
+    assert texts["preview", "max"] == texts["0731", "high"]
+    assert "Absolute maximum" in texts["0731", "high"]
+    assert "Beyond maximum" in texts["0731", "max"]
+
+
+@contextlib.contextmanager
+def scripted_with(chat):
+    service = Service(MODEL, make_driver=lambda: EngineThread(ScriptedEngine(saying("x"))), chat=chat)
+    with running(service) as url, httpx.Client(base_url=url, timeout=30) as client:
+        yield client
 
 
 def test_every_path_answers(server):

@@ -116,6 +116,20 @@ def test_a_cut_after_any_token_gives_what_was_said_until_then(server):
     assert len(message["tool_calls"]) == 2
 
 
+def test_a_call_in_any_number_of_pieces_is_the_same_one(server):
+    """TOOL-12, TOOL-14, TOOL-15: in two pieces, in every other number, whole, by choice and by force."""
+    text = "</think>" + block(call("f", ("a", "true", "find /tmp")))
+    size = len(TOKENIZER.encode(text, allow_special=True))
+    for burst in sorted({-(-size // pieces) for pieces in range(1, size + 1)}):
+        for choice in ("auto", "required"):
+            body = {"messages": ASK, "tools": DECLARED, "tool_choice": choice, "include_reasoning": False, **SEED}
+            for answer in (lambda w, c: w, lambda w, c: whole_of(c)):
+                (made,) = answer(*both(server, text, body, burst=burst))["choices"]
+                (called,) = made["message"]["tool_calls"]
+                assert called["function"] == {"name": "f", "arguments": '{"a": "find /tmp"}'}
+                assert (made["message"]["content"], made["finish_reason"]) == ("", "tool_calls")
+
+
 def test_several_answers_are_streamed_beside_each_other(server):
     script = saying("a</think>one" + block(PARIS), "b</think>two", "never closed")
     body = {"messages": ASK, "tools": DECLARED, "n": 3, "logprobs": True, "top_logprobs": 1, **SEED}
