@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import shutil
 import socket
 import subprocess
 import threading
@@ -69,6 +70,13 @@ def environment(home: Path, outside: Outside, **more: str) -> dict[str, str]:
         "NO_PROXY": "127.0.0.1,localhost", "no_proxy": "127.0.0.1,localhost",
         **more,
     }  # fmt: skip
+
+
+def node() -> Path:
+    """Node itself."""
+    found = shutil.which("node")
+    assert found, "Node is missing; install it (apt-get install npm)"
+    return Path(found)
 
 
 def ran(

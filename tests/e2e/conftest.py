@@ -26,8 +26,8 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(scope="session")
 def model_server():
-    """`pyrosome serve` with the built-in model."""
-    with serving(*NANO) as server:
+    """`pyrosome serve` with the built-in model; whatever it babbles ends soon."""
+    with serving(*NANO, "--context", "8192", "--state") as server:
         yield server
 
 
@@ -48,7 +48,7 @@ def key_server(tmp_path_factory):
         return json.loads(subprocess.run(command, capture_output=True, check=True).stdout)["secret"]
 
     keys = key("wide"), key("narrow", "--concurrent", "1")
-    with serving(*NANO[:-1], "--keys", "required", "--state", state=state) as server:
+    with serving(*NANO, "--keys", "required", "--state", state=state) as server:
         yield server, *keys
 
 

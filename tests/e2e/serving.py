@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 READY_S = 120
-NANO = ("pyrosome", "serve", "builtin:nano", "--port", "0", "--json", "--cache-gib", "0.25", "--state")
+NANO = ("pyrosome", "serve", "builtin:nano", "--port", "0", "--json", "--cache-gib", "0.25")
 
 
 @dataclasses.dataclass(frozen=True)
