@@ -252,6 +252,13 @@ def test_a_tool_of_free_text_is_called_with_text(server):  # fmt: skip
     assert f'<｜DSML｜parameter name="input" string="true">{patch}</｜DSML｜parameter>' in text
 
 
+def test_a_text_behind_another_argument_is_found(server):
+    written = "a</think>" + block(call("edit", ("why", "true", "so"), ("input", "true", "text")))
+    whole = ask(server, written, tools=[EDIT]).json()
+    assert whole["output"][1]["input"] == "text"
+    assert scrubbed(assembled(ask(server, written, tools=[EDIT], stream=True).text)) == scrubbed(whole)
+
+
 def test_a_text_that_is_cut_is_given_as_far_as_it_came(server):
     written = "a</think>" + block(call("edit", ("input", "true", "one two"))).partition("two")[0]
     fields = {"tools": [EDIT], "max_output_tokens": Answer("", written, ends="length").max_tokens}
@@ -297,7 +304,7 @@ def test_free_text_is_read_however_its_json_is_cut(text, ascii_only):
 @pytest.mark.parametrize(("arguments", "text"), [
     ("", ""), ("{}", ""), ("{", ""), ('{"inp', ""), ('{"input": ', ""), ('{"input": 5}', '{"input": 5}'),
     ('{"a": "x", "input": "y"}', "y"), ('{"a": "x"}', '{"a": "x"}'), ("junk", "junk"), ('{"input": "a\\u00', "a"),
-    ('{"input": "a\\ud83d', "a"),
+    ('{"input": "a\\ud83d', "a"), ('{"input": "a\nb"}', "a\nb"),
 ])  # fmt: skip
 def test_arguments_without_the_text_at_their_beginning_are_read_at_the_end(arguments, text):
     reader = FreeText()
