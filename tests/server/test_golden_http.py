@@ -6,8 +6,10 @@ import json
 import pytest
 
 from pyrosome.options import ServerOptions
-from tests.chat.cases import chat, golden, tokenizer
+from pyrosome.testing.full_vocabulary import full_vocabulary
+from tests.chat.cases import OFFICIAL, chat, golden, tokenizer
 from tests.chat.exceptions import PARSE
+from tests.server.processes import served
 from tests.server.scripted import EOS, events_of, scripted
 
 REQUESTS, ANSWERS = golden("api_encode"), golden("parse")
@@ -20,20 +22,20 @@ STAGES = {
 SAMPLED = ("temperature", "top_p", "seed")
 
 
-def served(compat):
+def scripted_manner(compat):
     options = ServerOptions(compat=compat, names=("DeepSeek-V4-Pro",))
     return scripted(lambda request: [[EOS]], options=options, chat=chat("0731", compat or None))
 
 
 @pytest.fixture(scope="module")
 def official():
-    with served("deepseek") as found:
+    with scripted_manner("deepseek") as found:
         yield found
 
 
 @pytest.fixture(scope="module")
 def usual():
-    with served("") as found:
+    with scripted_manner("") as found:
         yield found
 
 
@@ -42,7 +44,23 @@ def usual():
 
 @pytest.mark.parametrize("case", REQUESTS, ids=[c["id"] for c in REQUESTS])
 def test_a_request_is_rendered_or_refused_as_the_official_api_does(official, case):
-    client, _, _ = official
+    rendered_or_refused(official[0], case)
+
+
+def test_the_command_serves_the_official_manner_on_weights_of_the_official_vocabulary(tmp_path):
+    """`pyrosome serve MODEL --tokenizer DIR --dialect 0731 --compat deepseek`, every case in one process."""
+    model = full_vocabulary(tmp_path / "model", OFFICIAL / "tokenizer.json")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 1 << 20}))
+    flags = ("--tokenizer", str(OFFICIAL), "--dialect", "0731", "--compat", "deepseek", "--context", str(1 << 20))
+    with served(*flags, state=tmp_path / "state", model=str(model), cache_gib=1.0) as server, server.client() as client:
+        for case in REQUESTS:
+            rendered_or_refused(client, case)
+        body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
+        assert client.post(PATHS["chat_completions"], json=body).json()["usage"]["completion_tokens"] == 4
+
+
+def rendered_or_refused(client, case):
     want = case["expected"]["v4"]
     answer = client.post(PATHS[case["protocol"]] + "/render", json=case["body"])
     if "error" in want:
