@@ -397,11 +397,8 @@ def test_so_many_files_are_on_their_way_at_once(tmp_path, exported, monkeypatch)
             )
             thread.start()
             assert begun.wait(30)
-            for _ in range(50):  # until the first bytes have come
-                if client.get(f"/v1/sessions/{session}/export").status_code == 429:
-                    break
-            else:
-                pytest.fail("a second transfer was never refused")
+            until(lambda: any(name.startswith(".import") for name in os.listdir(client.folder)))
+            error_of(client.get(f"/v1/sessions/{session}/export"), 429)
             error_of(brought(client, exported), 429)
             assert client.get("/v1/sessions", headers=as_("bob")).status_code == 200
             go_on.set()
