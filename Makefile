@@ -43,8 +43,9 @@ $(CLIENTS)/.ready: requirements/clients.txt
 	$(CLIENTS)/bin/pip install --quiet --disable-pip-version-check -r requirements/clients.txt
 	touch $@
 
+# What is locked is installed as it is locked.  `npm ci` would refuse: a registry may lack packages for other systems.
 $(NODE)/node_modules/.ready: $(NODE)/package.json $(NODE)/package-lock.json
-	cd $(NODE) && npm ci --no-progress
+	cd $(NODE) && npm install --no-save --no-progress
 	touch $@
 
 bench: $(READY) ## rates and memory by context, then docs/performance.md; bench/README.md has the comparisons
