@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 import pytest
-from sqlalchemy import create_engine, text
+from sqlalchemy import NullPool, create_engine, text
 
 from pyrosome.server.keys.store import Store
 from tests.server.keys.postgres import WITHOUT, cluster
@@ -17,9 +17,9 @@ def postgres():
     if os.environ.get(WITHOUT) == "1":
         pytest.skip(f"{WITHOUT}=1")
     with cluster() as url:
-        engine = create_engine(url.replace("postgresql:", "postgresql+psycopg:"), isolation_level="AUTOCOMMIT")
+        address = url.replace("postgresql:", "postgresql+psycopg:")
+        engine = create_engine(address, isolation_level="AUTOCOMMIT", poolclass=NullPool)
         yield engine, url
-        engine.dispose()
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

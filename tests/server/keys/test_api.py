@@ -199,6 +199,18 @@ def test_what_an_admin_names_wrongly_is_a_404_or_a_400(server):
     assert "from is" in error(admin.get("/admin/usage?from=x"), 400)
 
 
+@pytest.mark.parametrize("name", ["%00", "%ff", "%ed%a0%80", "..%2f..%2fetc", "'%20OR%201=1--", "%F0%9F%98%80" * 300])
+def test_no_name_in_an_address_breaks_anything(store, name):
+    with guarded(store) as server:
+        admin = server.client(server.key(scopes=SCOPES)[1])
+        for path in (f"/account/keys/{name}", f"/admin/usage?account={name}", f"/admin/keys?account={name}",
+                     f"/admin/usage.csv?key={name}", f"/account/usage?from={name}&by={name}"):  # fmt: skip
+            assert admin.get(path).status_code in (200, 400, 404)
+        reply = admin.post("/admin/keys", content=b'{"name": "x", "account": "\\ud800\\u0000"}',
+                           headers={"content-type": "application/json"})  # fmt: skip
+        assert reply.status_code in (400, 404)
+
+
 def test_whoever_has_an_invite_code_signs_up_and_talks(server):
     admin = server.client(server.key(scopes=SCOPES)[1])
     invite = admin.post("/admin/invites", json={"name": "friends", "uses": 1, "limits": {"requests_per_min": 3}}).json()

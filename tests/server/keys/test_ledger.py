@@ -5,9 +5,10 @@ import subprocess
 import sys
 import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from sqlalchemy import func, select
+from sqlalchemy import func, select, text
 
 from pyrosome.errors import EngineError
 from pyrosome.server.keys import ledger as ledgers
@@ -18,6 +19,7 @@ from pyrosome.server.keys.store import Store
 from pyrosome.server.keys.usage import Slice, spent, sums
 from pyrosome.server.problems import Refused
 from tests.server.keys.lines import STARTED, line
+from tests.server.scripted import until
 
 DAY = 86400
 
@@ -94,6 +96,23 @@ def test_two_servers_that_write_the_same_days_at_once_lose_nothing(database_url,
     other.close()
     (total,) = store.read(lambda c: sums(c, Slice()))
     assert (total["requests"], total["cost_micro"]) == (400, 400)
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_two_servers_that_add_to_the_same_days_do_not_wait_for_each_other_for_ever(store):
+    waiting = text("SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'")
+    store.write(lambda c: add(c, [line("0", key="k1"), line("1", key="k2")]))
+    with ThreadPoolExecutor(1) as other:
+
+        def one(connection):
+            add(connection, [line("2", key="k1")])
+            theirs = other.submit(store.write, lambda c: add(c, [line("3", key="k2"), line("4", key="k1")]))
+            until(lambda: store.read(lambda c: c.execute(waiting).scalar_one()))
+            add(connection, [line("5", key="k2")])
+            return theirs
+
+        store.write(one).result()
+    assert {r["key"]: r["requests"] for r in store.read(lambda c: sums(c, Slice(), ["key"]))} == {"k1": 3, "k2": 3}
 
 
 @pytest.mark.parametrize("after_lines", [1, 25, 60])

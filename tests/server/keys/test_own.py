@@ -88,15 +88,15 @@ def test_a_key_made_by_a_made_key_is_bound_by_all_above_it(world):
 
 def test_a_key_sees_itself_and_what_it_made_and_one_nobody_made_sees_all_of_its_account(world):
     child = world.create(scopes=TALKS)
-    grandchild = world.create(by=child, scopes=TALKS)
+    grandchild, second = (world.create(by=child, scopes=TALKS) for _ in range(2))
     sibling = world.create()
     other = World(world.store)
 
     def seen(by):
         return {k.id for k in world.do(own.visible, by=by)}
 
-    assert seen(world.me) == {world.me.id, child.id, grandchild.id, sibling.id}
-    assert seen(child) == {child.id, grandchild.id}
+    assert seen(world.me) == {world.me.id, child.id, grandchild.id, second.id, sibling.id}
+    assert seen(child) == {child.id, grandchild.id, second.id}
     assert seen(grandchild) == {grandchild.id}
     assert seen(other.me) == {other.me.id}
 

@@ -124,6 +124,15 @@ def test_a_name_that_looks_like_a_command_is_a_name(store):
         store.read(lambda c: book.key(c, "' OR 1=1 --"))
 
 
+@pytest.mark.parametrize("text_of", ["a\x00b", "\ud800"])
+def test_a_text_that_no_database_takes_is_refused_or_not_there(store, text_of):
+    for ask in (book.key, book.account):
+        with pytest.raises(Refused) as refused:
+            store.read(lambda c, ask=ask: ask(c, text_of))
+        assert refused.value.status in (400, 404)
+    assert store.read(book.accounts) == [], "the connection is as good as before"
+
+
 def test_a_key_of_no_account_cannot_be_written(store):
     with pytest.raises(Refused, match="no account"):
         store.write(lambda c: book.create_key(c, NOW, "acct-nobody", "x", frozenset({"generate"})))
@@ -189,3 +198,15 @@ def test_a_store_that_does_not_answer_is_a_503_that_says_when_to_try_again(tmp_p
     one.write(while_locked)
     one.close()
     other.close()
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_connections_that_were_cut_are_made_again(store):
+    store.write(lambda c: book.create_account(c, NOW, "before"))
+    cut = (
+        "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE usename = user AND pid <> pg_backend_pid()"
+    )
+    with pytest.raises(Refused, match="cannot be read or written now"):
+        store.write(lambda c: (store.read(lambda r: r.execute(text(cut)).scalar_one()), book.accounts(c)))
+    store.write(lambda c: book.create_account(c, NOW, "after"))
+    assert [a.name for a in store.read(book.accounts)] == ["before", "after"]

@@ -70,6 +70,8 @@ async def _sign_up(request: Request) -> Response:
     if not isinstance(code, str):
         raise Refused(400, "code is missing; send the invite code as text")
     secret = read_secret(INVITE, code.strip())
+    if not await reading(request, lambda connection: own.is_invite(connection, secret)):
+        raise own.not_invited()  # before the one writer is asked for anything
     account, key, made = await writing(request, lambda connection: own.sign_up(connection, door.wall(), secret, name))
     view = views.key_view(key, door.wall())
     return told({"account": views.account_view(account), "key": view, "secret": made.text}, 201)

@@ -219,6 +219,8 @@ def _refusal(presented: str | None, proven: Known | None, state: str) -> Refused
     elif state == "expired":
         ends = [k.expires for k in (proven.key, *proven.ancestors) if k.expires is not None]
         message = f"this key expired at {iso(min(ends))}; ask for a new one"
+    elif state == "closed":
+        message = "the account of this key is closed; ask whoever runs the server to open it"
     else:
-        message = f"this key is {state}; ask for a new one"
+        message = "this key is revoked; ask for a new one"
     return Refused(401, message, headers={"WWW-Authenticate": "Bearer"})

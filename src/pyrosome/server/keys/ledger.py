@@ -138,7 +138,7 @@ def add(connection: Connection, lines: Sequence[Line]) -> int:
     insert = _INSERT[connection.dialect.name]
     rows = {row["request"]: row for row in map(_row, lines)}
     put = insert(schema.usage_lines).on_conflict_do_nothing().returning(schema.usage_lines.c.request)
-    new = [rows[r] for r in connection.execute(put.values(list(rows.values()))).scalars()]
+    new = [rows[r] for r in connection.execute(put, list(rows.values())).scalars()]
     sums: dict[tuple[str, ...], collections.Counter[str]] = collections.defaultdict(collections.Counter)
     for row in new:
         counts = {n: row[n] for n in (*COUNTS, "cost_micro")}

@@ -127,14 +127,23 @@ def sign_up(connection: Connection, now: float, code: Secret | None, name: str) 
     Raises:
         Refused: 403, the code is wrong, used up, expired or revoked: which of these is not told.
     """
-    stored = invites.invite_digest(connection, code.id) if code else None
-    is_right = is_same(code.digest if code else NOBODYS[::-1], stored or NOBODYS) and stored is not None
-    invite = invites.take_invite(connection, code.id, now) if code and is_right else None
+    invite = invites.take_invite(connection, code.id, now) if code and is_invite(connection, code) else None
     if invite is None:
-        raise Refused(403, "this invite code is not valid, or not any more; ask for a new one")
+        raise not_invited()
     account = book.create_account(connection, now, name, invite.limits, invite.price)
     key, secret = book.create_key(connection, now, account.id, "first key", invite.scopes)
     return account, key, secret
+
+
+def is_invite(connection: Connection, code: Secret | None) -> bool:
+    """Whether that is an invite's code, which may be used up."""
+    stored = invites.invite_digest(connection, code.id) if code else None
+    return is_same(code.digest if code else "", stored or NOBODYS)
+
+
+def not_invited() -> Refused:
+    """What is said about every code that makes no account."""
+    return Refused(403, "this invite code is not valid, or not any more; ask for a new one")
 
 
 def _is_below(connection: Connection, me: Known, key: Key) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import logging
 import os
 import sqlite3
 import time
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sqlalchemy import URL, Connection, create_engine, event, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, OperationalError, SQLAlchemyError
 
 from pyrosome.errors import RequestError
 from pyrosome.options import ServerOptions
@@ -30,6 +31,7 @@ FILE_NAME = "server.db"
 NUM_READERS = 4
 BUSY_S = 10  # another process may hold a SQLite file so long
 OPENING_S = 10
+_LOG_NAME = "pyrosome.keys"
 
 
 class Store:
@@ -45,7 +47,10 @@ class Store:
     def __init__(self, url: str | URL) -> None:
         self.url = _url(url)
         self.shown = self.url.render_as_string(hide_password=True)
-        self._engine = create_engine(self.url, hide_parameters=True, **_engine_options(self.url))
+        # Neither values nor rows are ever in its log, whoever turns that up.
+        logging.getLogger(f"sqlalchemy.engine.Engine.{_LOG_NAME}").setLevel(logging.WARNING)
+        options = _engine_options(self.url)
+        self._engine = create_engine(self.url, hide_parameters=True, logging_name=_LOG_NAME, **options)
         if self.url.get_backend_name() == "sqlite":
             event.listen(self._engine, "connect", _prepare_sqlite)
             event.listen(self._engine, "begin", _begin_sqlite)
@@ -58,13 +63,13 @@ class Store:
         """Ask, and wait for it.
 
         Raises:
-            Refused: 503, the store does not answer.
+            Refused: 503, the store does not answer; 400, a text it was asked for is none.
         """
         try:
             with self._engine.connect() as connection:
                 return ask(connection)
-        except DBAPIError as error:
-            raise self._unavailable(error) from None
+        except (DBAPIError, UnicodeEncodeError) as error:
+            raise _refusal(error) from None
 
     def write(self, change: Callable[[Connection], T]) -> T:
         """Change something in a transaction of its own; once this returns, it survives a crash.
@@ -75,8 +80,8 @@ class Store:
         try:
             with self._writing.begin() as connection:
                 return change(connection)
-        except DBAPIError as error:
-            raise self._unavailable(error) from None
+        except (DBAPIError, UnicodeEncodeError) as error:
+            raise _refusal(error) from None
 
     async def reading(self, ask: Callable[[Connection], T]) -> T:
         """`read`, in a thread."""
@@ -113,12 +118,6 @@ class Store:
                     f"the store of keys at {self.shown} cannot be opened: {_reason(error)}; check the address, that it "
                     "runs and that it may be written to"
                 ) from None
-
-    def _unavailable(self, error: DBAPIError) -> BaseException:
-        if not isinstance(error, OperationalError) and not error.connection_invalidated:
-            return error
-        message = f"keys and usage cannot be read or written now: {_reason(error)}; try again in a moment"
-        return Refused(503, message, headers={"Retry-After": "5"})
 
 
 def open_store(options: ServerOptions) -> Store:
@@ -188,6 +187,15 @@ def _begin_sqlite(connection: Connection) -> None:
     # A transaction that reads first and writes later could find the file locked with no way to wait.
     writes = connection.get_execution_options().get("writes")
     connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+
+def _refusal(error: DBAPIError | UnicodeEncodeError) -> BaseException:
+    if isinstance(error, DataError | UnicodeEncodeError):
+        return Refused(400, "a text in the request has characters that cannot be looked up: NUL, or half of a pair")
+    if not isinstance(error, OperationalError) and not error.connection_invalidated:
+        return error
+    message = f"keys and usage cannot be read or written now: {_reason(error)}; try again in a moment"
+    return Refused(503, message, headers={"Retry-After": "5"})
 
 
 def _reason(error: SQLAlchemyError) -> str:

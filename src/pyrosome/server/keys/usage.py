@@ -86,13 +86,12 @@ def spent(connection: Connection, account: str, month: str) -> dict[str, int]:
 
 
 def csv_text(store: Store, part: Slice) -> Iterator[str]:
-    """The lines as CSV, oldest first, a page at a time; costs and prices in whole units."""
-    yield _csv([CSV_COLUMNS])
+    """The lines as CSV, oldest first, a page at a time under its titles; costs and prices in whole units."""
     last: tuple[float, str] | None = None
     while True:
         rows = store.read(functools.partial(_rows, _page(part, last)))
-        if rows:
-            yield _csv([[_cell(row, name) for name in CSV_COLUMNS] for row in rows])
+        cells = [[_cell(row, name) for name in CSV_COLUMNS] for row in rows]
+        yield _csv([CSV_COLUMNS, *cells] if last is None else cells)
         if len(rows) < LINES_A_PAGE:
             return
         last = (rows[-1]["started"], rows[-1]["request"])
