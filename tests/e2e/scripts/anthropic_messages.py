@@ -60,13 +60,16 @@ def the_stream_helper_makes_the_same_message() -> None:
 
 @case
 def thoughts_come_back_with_their_signature() -> None:
-    first = ask(thinking=THINK)
-    result = [
-        {"role": "assistant", "content": [b.to_dict() for b in first.content]},
-        {"role": "user", "content": "? heron"},
-    ]
-    again = ask(messages=[*ASK, *result], thinking=THINK)
-    assert again.stop_reason == "end_turn" and again.usage.input_tokens > 0, again
+    first = ask(thinking=THINK, tools=[TOOL])
+    thought = first.content[0].thinking
+    assert thought, first
+    told = {"role": "assistant", "content": [block.to_dict() for block in first.content]}
+    turns = [*ASK, told, {"role": "user", "content": "? heron"}]
+    again = ask(messages=turns, thinking=THINK, tools=[TOOL])
+    assert again.stop_reason in {"end_turn", "tool_use"} and again.usage.output_tokens > 0, again
+    body = {"model": NANO, "max_tokens": 9, "messages": turns, "thinking": THINK, "tools": [TOOL]}
+    prompt = client.post("/v1/messages/render", cast_to=object, body=body)["prompt"]
+    assert f"<think>{thought}</think>" in prompt, prompt
 
 
 @case
