@@ -226,7 +226,7 @@ def test_a_request_ends_when_its_time_is_over(ours, stream):
     with wired(ENDLESS, door=books, options=options, step_s=0.01) as server:
         status, _, text = server.ask(asked)
         all_is_given_back(server, books)
-        assert server.engine.aborted and books.lines[0][1] == "error"
+        assert server.engine.aborted and books.lines[0][1] == "abort"  # what was said is paid for
     if stream:
         assert status == 200
         last = events_of(text.decode())[-2:]

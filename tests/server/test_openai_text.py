@@ -532,7 +532,7 @@ def test_several_prompts_end_at_their_deadline(watched):
     assert "1 s this request may take are over" in reply.json()["error"]["message"]
     until(lambda: not engine.has_work)
     until(lambda: is_idle(client))
-    assert ledger.statuses == ["abort", "abort", "error"]
+    assert ledger.statuses == ["abort"] * 3
 
 
 # The render path, and all paths

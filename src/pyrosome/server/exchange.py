@@ -23,7 +23,7 @@ from pyrosome.engine.request import Ended, Progress, PromptLogprobs, Request, Re
 from pyrosome.errors import EngineError, PyrosomeError
 from pyrosome.server import arrival
 from pyrosome.server.caller import Caller, Entry, Ticket
-from pyrosome.server.problems import Problem, Refused, shape_of
+from pyrosome.server.problems import Problem, Refused, shape_of, where
 from pyrosome.server.service import Service
 
 log = logging.getLogger(__name__)
@@ -192,6 +192,7 @@ class Exchange:
             events = await self._stream.batch(max(0.0, min(keep_alive_s, self._deadline - time.monotonic())))
             said = self._read(events)
             if self._left and time.monotonic() >= self._deadline:
+                self.outcome.status = "abort"  # what was said counts, as it does where a client leaves
                 raise self._too_late("it is ended where it is")
             if said:
                 began = time.monotonic()
@@ -221,12 +222,16 @@ class Exchange:
             self._stream.close()
         if self._is_inside:
             self._is_inside = False
-            self._service.gate.leave(time.monotonic() - self.outcome.arrived, self.asked.caller.account)
+            took = time.monotonic() - self.outcome.arrived if self.has_begun else None
+            self._service.gate.leave(took, self.asked.caller.account)
             self._running.__exit__(None, None, None)
         if self._ticket:
             for i in range(len(self.asked.readers)):
                 self._cut_off(i)
-            await self._settled(self.outcome.status or "abort")
+            try:
+                await self._settled(self.outcome.status or "abort")
+            except Exception as error:  # its client was told, or is gone
+                log.error("request %s: its line was not written (%s)", self.id, type(error).__name__)
 
     @property
     def write_s(self) -> float:
@@ -237,6 +242,11 @@ class Exchange:
     def has_begun(self) -> bool:
         """Whether its first token has come."""
         return self.outcome.first_token is not None
+
+    @property
+    def num_logprobs(self) -> int:
+        """Tokens whose log probabilities are part of the answer."""
+        return len(self.outcome.prompt_logprobs) + sum(map(len, self.outcome.logs))
 
     @property
     def tokens_to_come(self) -> float:
@@ -348,8 +358,11 @@ class Exchange:
         try:
             self._end(index, "abort")
             self._done(index)
-        except Exception:
-            log.exception("request %s: its answer could not be read to the end", self.id)
+        except Exception as error:
+            log.error(
+                "request %s: its answer could not be read to the end: %s at\n%s", self.id, type(error).__name__,
+                where(error),
+            )  # fmt: skip
             usage = Usage(len(self.asked.request.ids), self._num_tokens[index], 0, self.outcome.reuse.reused_tokens)
             self.outcome.dones[index] = Done(Message("", "", (), "abort"), usage)
 

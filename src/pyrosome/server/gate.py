@@ -49,10 +49,11 @@ class Gate:
         self.num_inside += 1
         self._by_account[account] += 1
 
-    def leave(self, seconds: float, account: str = "") -> None:
-        """Give a place back after so long."""
+    def leave(self, seconds: float | None, account: str = "") -> None:
+        """Give a place back, after so long where the engine had work with it; None: it had none."""
         self.num_inside -= 1
-        self._took.append(seconds)
+        if seconds is not None:
+            self._took.append(seconds)
         self._by_account[account] -= 1
         if not self._by_account[account]:
             del self._by_account[account]

@@ -35,6 +35,11 @@ class Group:
         return min(e.write_s for e in self.exchanges)
 
     @property
+    def num_logprobs(self) -> int:
+        """Tokens whose log probabilities are part of the answers."""
+        return sum(e.num_logprobs for e in self.exchanges)
+
+    @property
     def limit_headers(self) -> Mapping[str, str]:
         """What is left of the caller's limits, all prompts counted."""
         return self.exchanges[-1].limit_headers
@@ -81,9 +86,10 @@ class Group:
 
     async def close(self) -> None:
         """Give back all they hold; to be called at the end, again or not."""
-        await _ended(self._pumps)
-        for exchange in self.exchanges:
-            await exchange.close()
+        try:
+            await _ended(self._pumps)
+        finally:  # all of them, whatever becomes of whoever waits for it
+            await asyncio.shield(asyncio.gather(*(e.close() for e in self.exchanges)))
 
     async def _fail(self, number: int) -> None:
         """End the others first, so that only the one that failed is written down as such."""
@@ -91,7 +97,8 @@ class Group:
         for n, exchange in enumerate(self.exchanges):
             if n != number:
                 await exchange.close()
-        self.exchanges[number].outcome.status = "error"
+        outcome = self.exchanges[number].outcome
+        outcome.status = outcome.status or "error"
 
 
 async def _pump(

@@ -126,7 +126,7 @@ async def _tokenize(request: Request) -> Response:
             ids = [service.card.begin_token, *ids]
     answer = {"count": len(ids), "max_model_len": service.card.context_tokens, "tokens": ids}
     if must_be_bool(body, "return_token_strs"):
-        answer["token_strs"] = [tokenizer.decode([i]) for i in ids]
+        answer["token_strs"] = await asyncio.to_thread(lambda: [tokenizer.decode([i]) for i in ids])
     return JSONResponse(answer)
 
 
@@ -134,13 +134,17 @@ async def _detokenize(request: Request) -> Response:
     """The text of ids, control tokens spelled out."""
     await caller_of(request, GENERATE)
     service, body = service_of(request), await body_of(request)
-    ids = body.get("tokens")
+    return JSONResponse({"prompt": await asyncio.to_thread(_decoded, service, body.get("tokens"))})
+
+
+def _decoded(service: Service, ids: Any) -> str:
+    """The text of ids, of which there may be millions."""
     if not isinstance(ids, list) or any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
         raise Refused(400, "`tokens` is a list of ids; none was sent")
     wrong = next((i for i in ids if not 0 <= i < service.card.vocab_size), None)
     if wrong is not None:
         raise Refused(400, f"tokens holds {wrong}; this model's ids are 0 to {service.card.vocab_size - 1}")
-    return JSONResponse({"prompt": await asyncio.to_thread(service.chat.tokenizer.decode, ids)})
+    return service.chat.tokenizer.decode(ids)
 
 
 async def _tokenizer_info(request: Request) -> Response:

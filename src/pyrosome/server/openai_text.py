@@ -65,8 +65,13 @@ async def _render(request: Request) -> Response:
     body = await body_of(request)
     service = service_of(request)
     service.name_for(body.get("model"))
-    wanted = await asyncio.to_thread(text_request, service, body)
-    shown = [
+    shown = await asyncio.to_thread(_shown, service, body, caller)
+    return JSONResponse(shown[0] if len(shown) == 1 else {"object": "list", "data": shown})
+
+
+def _shown(service: Service, body: dict[str, Any], caller: Caller) -> list[dict[str, Any]]:
+    wanted = text_request(service, body)
+    return [
         {
             "prompt": service.chat.tokenizer.decode(prompt.ids),
             "token_ids": list(prompt.ids),
@@ -79,7 +84,6 @@ async def _render(request: Request) -> Response:
         }
         for prompt in wanted.prompts
     ]
-    return JSONResponse(shown[0] if len(shown) == 1 else {"object": "list", "data": shown})
 
 
 def _exchanges(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import traceback
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ from pyrosome.errors import ContextTooLong, DoesNotFit, EngineError, PyrosomeErr
 log = logging.getLogger(__name__)
 
 OPENAI, ANTHROPIC = "openai", "anthropic"
+LONGEST_MESSAGE = 2000  # characters; what a client sent may be repeated in one, and is not given back whole
 
 # OpenAI's type and code by status, then Anthropic's type.
 _KINDS = {
@@ -70,20 +72,32 @@ class Problem:
 def problem_of(error: BaseException, request_id: str = "") -> Problem:
     """What an exception means to the client; a fault of ours is told to the log, with the request's id."""
     if isinstance(error, Refused):
-        return Problem(error.status, str(error), error.code, error.headers)
+        return Problem(error.status, _message(error), error.code, error.headers)
     if isinstance(error, InvalidRequest):
         return Problem(error.status, str(error), official=error.body)
     if isinstance(error, ContextTooLong):
-        return Problem(400, str(error), "context_length_exceeded")
+        return Problem(400, _message(error), "context_length_exceeded")
     if isinstance(error, RequestError):
-        return Problem(400, str(error))
+        return Problem(400, _message(error))
     if isinstance(error, DoesNotFit):
         return Problem(503, str(error), headers={"Retry-After": "5"})
     if isinstance(error, EngineError):
         return Problem(500, f"{error} (request {request_id})" if request_id else str(error))
-    known = isinstance(error, PyrosomeError)
-    log.error("request %s: %s", request_id or "-", type(error).__name__, exc_info=None if known else error)
+    if isinstance(error, PyrosomeError):
+        log.error("request %s: %s", request_id or "-", type(error).__name__)
+    else:
+        log.error("request %s: %s at\n%s", request_id or "-", type(error).__name__, where(error))
     return Problem(500, f"an error of the server, not of the request; its log has more under {request_id}")
+
+
+def where(error: BaseException) -> str:
+    """Where an exception was raised, for the log; without its message, which may repeat what a client sent."""
+    return "".join(traceback.format_tb(error.__traceback__)).rstrip()
+
+
+def _message(error: BaseException) -> str:
+    text, half = str(error), LONGEST_MESSAGE // 2
+    return text if len(text) <= LONGEST_MESSAGE else f"{text[:half]} ... {text[-half:]}"
 
 
 def shape_of(path: str) -> str:

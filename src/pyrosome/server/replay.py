@@ -15,13 +15,14 @@ import logging
 import threading
 from array import array
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Any
 
 from pyrosome.answer import ChatReader
 from pyrosome.chat import Chat, Message
 from pyrosome.chat.prompt import Prompt
 from pyrosome.errors import PyrosomeError
+from pyrosome.server.problems import where
 
 if TYPE_CHECKING:
     from pyrosome.server.exchange import Exchange, Outcome
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MAX_TOKENS = 4 << 20  # remembered, over all accounts
+MAX_TURNS = 1 << 16  # of which the shortest take more memory for being there than for their tokens
 LONGEST_LEARN_S = 2.0  # that a prompt waits for turns of its account that are being remembered
 
 _END = "<｜end▁of▁sentence｜>"
@@ -41,11 +43,11 @@ class Replay:
     """A watcher that remembers turns, and puts them back into prompts.  Within one salt only.
 
     Args:
-        max_tokens: as many are remembered; the turns that were not asked for longest go first.
+        max_tokens, max_turns: as many are remembered; the turns that were not asked for longest go first.
     """
 
-    def __init__(self, chat: Chat, *, max_tokens: int = MAX_TOKENS) -> None:
-        self._chat, self._max_tokens = chat, max_tokens
+    def __init__(self, chat: Chat, *, max_tokens: int = MAX_TOKENS, max_turns: int = MAX_TURNS) -> None:
+        self._chat, self._max_tokens, self._max_turns = chat, max_tokens, max_turns
         token = chat.tokenizer.id_of
         self._assistant, self._end = token("<｜Assistant｜>"), token(_END)
         self._think_end, marker = token("</think>"), token("｜DSML｜")
@@ -92,8 +94,7 @@ class Replay:
         """The prompt with its turns as the model wrote them, where that is remembered."""
         with self._lock:
             pending = [f for f, of in self._learning.items() if of == salt]
-        for learning in pending:  # the turn before this one may have ended a moment ago
-            learning.exception(LONGEST_LEARN_S)
+        wait(pending, LONGEST_LEARN_S)  # the turn before this one may have ended a moment ago
         if not self._salts[salt]:
             return prompt
         ids: list[int] = []
@@ -146,7 +147,7 @@ class Replay:
         with self._lock:
             self._learning.pop(learning, None)
         if not learning.cancelled() and (error := learning.exception()):
-            log.error("a turn could not be remembered: %s", type(error).__name__, exc_info=error)
+            log.error("a turn could not be remembered: %s at\n%s", type(error).__name__, where(error))
 
     # Turns within ids
 
@@ -185,7 +186,7 @@ class Replay:
             self._turns[key], self._salt_of[key] = turn, salt
             self._salts[salt] += 1
             self._num_tokens += len(turn)
-            while self._num_tokens > self._max_tokens:
+            while self._num_tokens > self._max_tokens or len(self._turns) > self._max_turns:
                 self._forget(next(iter(self._turns)))
 
     def _forget(self, key: bytes) -> None:

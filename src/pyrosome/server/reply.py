@@ -20,6 +20,8 @@ from pyrosome.server.shape import Shape, as_json
 
 log = logging.getLogger(__name__)
 
+FEW_LOGPROBS = 500  # tokens whose log probabilities are written in a moment
+
 
 class Reply(Response):
     """Answers with an opened exchange.  When the client leaves, the engine stops within a step.
@@ -50,8 +52,8 @@ class Reply(Response):
     async def _streamed(self, out: _Out) -> None:
         await out.start(200, {**dict(self.headers), "content-type": "text/event-stream; charset=utf-8",
                               "cache-control": "no-cache", "x-accel-buffering": "no"})  # fmt: skip
-        await out.write(b"".join(self._shape.begin()))
         try:
+            await out.write(b"".join(self._shape.begin()))
             async for batch in self._exchange.batches():
                 if isinstance(batch, StillHere):
                     frames = self._shape.still_here(batch)
@@ -77,7 +79,8 @@ class Reply(Response):
                     if not out.has_begun:
                         await out.start(200, {**dict(self.headers), "content-type": "application/json"})
                     await out.write(b"\n")
-            body = as_json(self._shape.whole())
+            is_long = self._exchange.num_logprobs > FEW_LOGPROBS  # then others would wait for it
+            body = await asyncio.to_thread(self._written) if is_long else self._written()
         except (ConnectionError, TimeoutError):
             raise
         except Exception as error:
@@ -94,8 +97,11 @@ class Reply(Response):
             await out.start(problem.status if problem else 200, headers)
         await out.write(body, more=False)
 
+    def _written(self) -> bytes:
+        return as_json(self._shape.whole())
+
     def _problem(self, error: Exception) -> Problem:
-        self._exchange.outcome.status = "error"
+        self._exchange.outcome.status = self._exchange.outcome.status or "error"
         problem = problem_of(error, self._exchange.id)
         self._exchange.refused(problem)
         return problem

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from fastapi import Request
@@ -25,6 +26,8 @@ from pyrosome.server.service import Service
 from pyrosome.server.shape import Shape
 
 SEED_BITS = 53  # a seed of ours is echoed as a JSON number, and JavaScript has no larger integers
+LONGEST_SALT = 128  # characters that a client's part of a salt has as it is
+LONGEST_STOP = 4096  # characters of a stop string: so many are looked through with each token
 
 
 def service_of(request: Request) -> Service:
@@ -87,6 +90,7 @@ def params_of(service: Service, prompt: Prompt, body: dict[str, Any]) -> Samplin
 
     A request without a seed gets one, so that it can be told and repeated.
     """
+    check_stops(prompt.stop)
     limit = min(prompt.max_tokens, max(1, service.card.context_tokens - len(prompt.ids)))
     changes: dict[str, Any] = {"max_tokens": limit}
     if prompt.sampling.seed is None:
@@ -99,6 +103,16 @@ def params_of(service: Service, prompt: Prompt, body: dict[str, Any]) -> Samplin
         if budget is not None:
             changes["max_thinking_tokens"] = budget
     return prompt.sampling_params(**changes)
+
+
+def check_stops(stops: Sequence[str]) -> None:
+    """Refuse a stop string that is too long to be looked for.
+
+    Raises:
+        Refused: 400.
+    """
+    if (longest := max(map(len, stops), default=0)) > LONGEST_STOP:
+        raise Refused(400, f"stop holds a string of {longest:,} characters; up to {LONGEST_STOP:,} are looked for")
 
 
 def thinking_budget(body: dict[str, Any]) -> int | None:
@@ -140,13 +154,21 @@ async def chat_asked(
 
 
 def salt_of(caller: Caller, body: dict[str, Any]) -> str:
-    """Whose prefixes a request may share: the account's, or one part of them that the client names."""
+    """Whose prefixes a request may share: the account's, or one part of them that the client names.
+
+    An account's own salt has neither "/" nor "#", so no name reaches another account's.
+    """
     user = body.get("user_id")
     metadata = body.get("metadata")
     if user is None and isinstance(metadata, dict):
         user = metadata.get("user_id")
     named = body.get("cache_salt") or user
-    return f"{caller.salt}/{named}" if isinstance(named, str) and named else caller.salt
+    if not isinstance(named, str) or not named:
+        return caller.salt
+    if len(named) <= LONGEST_SALT and named.isascii():
+        return f"{caller.salt}/{named}"
+    # It is kept for as long as anything is that was computed under it, and half of a surrogate pair cannot travel.
+    return f"{caller.salt}#{hashlib.sha256(named.encode(errors='surrogatepass')).hexdigest()}"
 
 
 def priority_of(body: dict[str, Any]) -> int:

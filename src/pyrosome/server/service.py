@@ -31,6 +31,7 @@ LOADING, READY, RESTARTING, DRAINING, FAILED = "loading", "ready", "restarting",
 SOON = {"Retry-After": "2"}
 LOOK_S = 0.02
 GOODBYE_S = 2.5  # at the end, what clients may take to read that it is one
+MAX_NAME_CHARS = 256  # of a model's name: each part of an answer repeats it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,6 +226,8 @@ class Service:
             return self.card.name
         if not isinstance(asked, str):
             raise Refused(400, f"model is {json.dumps(asked)[:80]}; a name was expected")
+        if len(asked) > MAX_NAME_CHARS:
+            raise Refused(400, f"model has {len(asked):,} characters; a name of up to {MAX_NAME_CHARS} was expected")
         if not self.options.any_name and asked not in self.card.names:
             raise Refused(
                 404, f"there is no model {asked!r} here; there is {', '.join(self.card.names)}", code="model_not_found"

@@ -10,7 +10,7 @@ from typing import Any
 from pyrosome.chat.structured import structured
 from pyrosome.errors import ContextTooLong, RequestError
 from pyrosome.options import Constraint, SamplingParams, require_integer
-from pyrosome.server.routes import SEED_BITS, must_be_bool
+from pyrosome.server.routes import SEED_BITS, check_stops, must_be_bool
 from pyrosome.server.service import Service
 from pyrosome.server.unsupported import refuse_unsupported
 
@@ -83,6 +83,7 @@ def _params(body: dict[str, Any], max_tokens: int, *, echoes: bool) -> SamplingP
     params = SamplingParams(max_tokens=max(1, max_tokens), **values)
     if len(params.stop) > MAX_STOPS:
         raise RequestError(f"stop has {len(params.stop)} strings; {MAX_STOPS} at most are looked for")
+    check_stops(params.stop)
     if echoes and params.logprobs is not None:
         params = dataclasses.replace(params, prompt_logprobs=max(params.logprobs, params.prompt_logprobs or 0))
     return params
