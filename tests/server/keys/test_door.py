@@ -185,7 +185,8 @@ def test_only_the_last_secret_has_a_grace(store, door, clock):
 def test_revoking_ends_the_old_secrets_grace_too(store, door, clock):
     key, text = make(store)
     store.write(lambda c: book.rotate_key(c, key.id, clock.now, 600))
-    store.write(lambda c: book.revoke_key(c, key.id, clock.now))
+    (revoked,) = store.write(lambda c: book.revoke_key(c, key.id, clock.now))
+    assert revoked.old_until is None
     refusal(door, text)
 
 

@@ -47,7 +47,7 @@ class Store:
     def __init__(self, url: str | URL) -> None:
         self.url = _url(url)
         self.shown = self.url.render_as_string(hide_password=True)
-        # Neither values nor rows are ever in its log, whoever turns that up.
+        # What it is asked and answers is never in its log, whoever turns that up.
         logging.getLogger(f"sqlalchemy.engine.Engine.{_LOG_NAME}").setLevel(logging.WARNING)
         options = _engine_options(self.url)
         self._engine = create_engine(self.url, hide_parameters=True, logging_name=_LOG_NAME, **options)
