@@ -7,7 +7,6 @@ a step, its place and its ticket are given back, and exactly one line is written
 from __future__ import annotations
 
 import asyncio
-import collections
 import dataclasses
 import logging
 import math
@@ -292,8 +291,11 @@ class Exchange:
         return said
 
     def _note_arrivals(self, events: Sequence[Any]) -> None:
-        now = time.monotonic()
-        for index, num in collections.Counter(e.index for e in events if isinstance(e, TokenEvent)).items():
+        now, came = time.monotonic(), dict[int, int]()
+        for event in events:
+            if isinstance(event, TokenEvent):
+                came[event.index] = came.get(event.index, 0) + 1
+        for index, num in came.items():
             before = self._last_token.get(index)
             self._last_token[index] = now
             if before is None:  # nobody waited for the first by what came before it
