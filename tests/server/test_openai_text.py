@@ -446,7 +446,7 @@ def test_one_that_fails_fails_the_request_and_ends_the_others(watched, stream):
         assert events_of(reply.text)[-1] == ("", "[DONE]")
         error = json.loads(events_of(reply.text)[-2][1])["error"]
     else:
-        assert reply.status_code == 500
+        assert reply.status_code == (200 if reply.content.startswith(b"\n") else 500)  # it may have begun by then
         error = reply.json()["error"]
     assert "a fault of one" in error["message"]
     until(lambda: len(ledger.entries) == 3)

@@ -31,7 +31,7 @@ from pyrosome.server.explain import beside
 from pyrosome.server.openai_schema import RENDERED
 from pyrosome.server.openapi import described
 from pyrosome.server.problems import ANTHROPIC, Problem, Refused
-from pyrosome.server.routes import answered, body_of, caller_of, chat_exchange, rendered, service_of
+from pyrosome.server.routes import answered, body_of, caller_of, chat_exchange, rendered, salt_of, service_of
 from pyrosome.server.shape import Shape, frame
 
 PREFIXES = ("/v1", "", "/anthropic/v1", "/anthropic")
@@ -61,12 +61,12 @@ def router() -> APIRouter:
         return reply
 
     async def count(request: Request) -> Response:
-        await caller_of(request, GENERATE)
+        caller = await caller_of(request, GENERATE)
         body = {k: v for k, v in (await body_of(request)).items() if k != "max_tokens"}
         service = service_of(request)
         service.name_for(body.get("model"))
         try:
-            num_tokens = len((await service.render(body, "messages")).ids)
+            num_tokens = len((await service.render(body, "messages", salt_of(caller, body))).ids)
         except ContextTooLong as error:
             num_tokens = error.asked_tokens  # the prompt's alone, since no answer was asked for
         return JSONResponse({"input_tokens": num_tokens})

@@ -134,7 +134,7 @@ class Exchange:
         self._arrival = arrival.of_this_request()
         self.outcome.explains = self._arrival.explains
         self._deadline, self._deadline_s = self._arrival.until(service.options.deadline_s)
-        self._write_s = service.options.write_s
+        self._write_s, self.keep_alive_s = service.options.write_s, service.options.keep_alive_s
         self.error_shape = shape_of(asked.path)
 
     async def open(self) -> None:
@@ -186,7 +186,7 @@ class Exchange:
         self._task = asyncio.current_task()
         if self.is_shutting_down:
             raise asyncio.CancelledError
-        began, keep_alive_s = time.monotonic(), self._service.options.keep_alive_s
+        began, keep_alive_s = time.monotonic(), self.keep_alive_s
         while self._left:
             events = await self._stream.batch(max(0.0, min(keep_alive_s, self._deadline - time.monotonic())))
             said = self._read(events)

@@ -35,6 +35,11 @@ class Group:
         return min(e.write_s for e in self.exchanges)
 
     @property
+    def keep_alive_s(self) -> float:
+        """Seconds between two signs of life."""
+        return self._first.keep_alive_s
+
+    @property
     def num_logprobs(self) -> int:
         """Tokens whose log probabilities are part of the answers."""
         return sum(e.num_logprobs for e in self.exchanges)

@@ -15,7 +15,7 @@ from pyrosome.config import ModelConfig
 from pyrosome.server.caller import GENERATE
 from pyrosome.server.openapi import described
 from pyrosome.server.problems import Refused
-from pyrosome.server.routes import body_of, caller_of, must_be_bool, paths, service_of
+from pyrosome.server.routes import body_of, caller_of, must_be_bool, paths, salt_of, service_of
 from pyrosome.server.service import Service
 
 MODES = ("off", "low", "high", "max")
@@ -111,11 +111,11 @@ def _model(service: Service, name: str) -> dict[str, Any]:
 
 async def _tokenize(request: Request) -> Response:
     """The ids of a text, or of a conversation's prompt."""
-    await caller_of(request, GENERATE)
+    caller = await caller_of(request, GENERATE)
     service, body = service_of(request), await body_of(request)
     tokenizer = service.chat.tokenizer
     if "messages" in body:
-        ids = list((await service.render(body, "chat_completions")).ids)
+        ids = list((await service.render(body, "chat_completions", salt_of(caller, body))).ids)
     else:
         text = body.get("prompt", body.get("text"))
         if not isinstance(text, str):

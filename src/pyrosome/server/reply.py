@@ -59,6 +59,8 @@ class Reply(Response):
                     frames = self._shape.still_here(batch)
                 else:
                     frames = [*self._cache.comment(), *(f for said in batch for f in self._shape.said(said))]
+                if not any(frames) and out.silent_s >= self._exchange.keep_alive_s:  # what is said is not shown
+                    frames = self._shape.still_here(StillHere(None, out.silent_s))
                 await out.write(b"".join(frames))
             last = self._shape.end()
         except (ConnectionError, TimeoutError):
@@ -75,7 +77,7 @@ class Reply(Response):
         problem: Problem | None = None
         try:
             async for batch in self._exchange.batches():
-                if isinstance(batch, StillHere):
+                if isinstance(batch, StillHere) or out.silent_s >= self._exchange.keep_alive_s:
                     if not out.has_begun:
                         await out.start(200, {**dict(self.headers), "content-type": "application/json"})
                     await out.write(b"\n")
@@ -112,6 +114,12 @@ class _Out:
 
     def __init__(self, send: Send, exchange: Exchange | Group) -> None:
         self._send, self._exchange, self.has_begun = send, exchange, False
+        self._wrote = time.monotonic()
+
+    @property
+    def silent_s(self) -> float:
+        """Seconds since something was written, or since its beginning."""
+        return time.monotonic() - self._wrote
 
     async def start(self, status: int, headers: Mapping[str, Any]) -> None:
         raw = [(k.lower().encode("latin-1"), str(v).encode("latin-1", "replace")) for k, v in headers.items()]
@@ -124,12 +132,12 @@ class _Out:
             await self._timed({"type": "http.response.body", "body": body, "more_body": more})
 
     async def _timed(self, message: dict[str, Any]) -> None:
-        began = time.monotonic()
+        self._wrote = time.monotonic()
         try:
             async with asyncio.timeout(self._exchange.write_s):
                 await self._send(message)
         except TimeoutError:
-            log.warning("a client read nothing for %.0f s and is given up", time.monotonic() - began)
+            log.warning("a client read nothing for %.0f s and is given up", self.silent_s)
             raise
 
 

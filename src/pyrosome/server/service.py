@@ -201,7 +201,7 @@ class Service:
         """An id nobody else has."""
         return f"{prefix}{self._mark}{next(self._numbers):08x}{secrets.token_hex(4)}"
 
-    async def render(self, body: dict[str, Any], protocol: str, salt: str = "") -> Prompt:
+    async def render(self, body: dict[str, Any], protocol: str, salt: str) -> Prompt:
         """A request's prompt; rendering a long one holds nobody up.
 
         Args:
