@@ -149,6 +149,16 @@ def test_what_others_wrote_is_unchanged_and_its_licences_are_with_it():
     assert "== markdown-it-15.0.3" in licences
 
 
+def test_the_pictures_of_the_page_are_there_and_small():
+    root = page.FOLDER.parents[3]
+    shown = re.findall(r"\]\((img/page-[\w-]+\.png)\)", (root / "docs/page.md").read_text())
+    assert len(shown) == 3
+    for name in shown:
+        picture = (root / "docs" / name).read_bytes()
+        assert picture.startswith(b"\x89PNG")
+        assert len(picture) < 200_000
+
+
 def test_the_files_are_part_of_the_package():
     project = tomllib.loads((page.FOLDER.parents[3] / "pyproject.toml").read_text())
     patterns = project["tool"]["setuptools"]["package-data"]["pyrosome"]

@@ -62,14 +62,19 @@ def test_thoughts_are_open_while_they_come_and_closed_after(visit):
         expect(thoughts.locator(".thought-text")).to_have_text("one two three " * 20)
 
 
-def test_thoughts_that_the_reader_closed_stay_closed(visit):
-    with visit("one two three " * 20 + "</think>" + WORDS, **SLOW) as v:
-        v.say("think")
-        thoughts = v.page.locator(".thoughts")
-        expect(thoughts.locator(".thought-text")).to_contain_text("three")
-        thoughts.locator("summary").click()
-        expect(thoughts.locator("summary")).to_contain_text("Thinking… 1")  # a second later, painted many times
-        expect(thoughts).not_to_have_attribute("open", "")
+def test_thoughts_that_the_reader_has_opened_or_closed_stay_so(visit):
+    for clicks, is_open in ((1, False), (2, True)):
+        with visit("one two three " * 20 + "</think>done", **SLOW) as v:
+            v.say("think")
+            thoughts = v.page.locator(".thoughts")
+            expect(thoughts.locator(".thought-text")).to_contain_text("three")
+            for _ in range(clicks):
+                thoughts.locator("summary").click()
+            expect(thoughts.locator("summary")).to_contain_text("Thinking… 1")  # a second later, painted many times
+            assert thoughts.evaluate("(details) => details.open") == is_open
+            v.engine.step_s = 0
+            v.answered()
+            assert thoughts.evaluate("(details) => details.open") == is_open
 
 
 @pytest.mark.parametrize(("name", "mode", "cue"), [
@@ -162,10 +167,10 @@ def test_another_answer_is_a_version_beside_the_first(visit):
         expect(v.answered().locator(".answer")).to_have_text("second")
         expect(v.page.locator(".steps")).to_have_text("2 / 2")
         v.button("Earlier version").click()
-        assert v.messages() == [("user", "hello"), ("assistant", "first")]
+        v.shows(("user", "hello"), ("assistant", "first"))
         expect(v.button("Earlier version")).to_be_disabled()
         v.button("Later version").click()
-        assert v.messages() == [("user", "hello"), ("assistant", "second")]
+        v.shows(("user", "hello"), ("assistant", "second"))
         assert v.engine.requests[0].ids == v.engine.requests[1].ids
 
 
@@ -178,11 +183,11 @@ def test_an_edited_message_begins_a_branch_and_the_old_one_stays(visit):
         v.page.get_by_label("Send", exact=True).and_(v.page.locator("textarea")).fill("good bye")
         v.page.locator(".editing").get_by_role("button", name="Send").click()
         expect(v.answered().locator(".answer")).to_have_text("second")
-        assert v.messages() == [("user", "good bye"), ("assistant", "second")]
+        v.shows(("user", "good bye"), ("assistant", "second"))
         assert "hello" not in v.prompt()
         assert "good bye" in v.prompt()
         v.button("Earlier version").click()
-        assert [text for _, text in v.messages()] == ["hello", "first", "and more", "first"]
+        v.shows(("user", "hello"), ("assistant", "first"), ("user", "and more"), ("assistant", "first"))
 
 
 def test_an_edited_answer_is_what_the_model_is_given_next(visit):
@@ -191,7 +196,7 @@ def test_an_edited_answer_is_what_the_model_is_given_next(visit):
         v.button("Edit this answer").click()
         v.page.locator("textarea.edit").fill("something else")
         v.page.keyboard.press("Control+Enter")
-        assert v.messages() == [("user", "hello"), ("assistant", "something else")]
+        v.shows(("user", "hello"), ("assistant", "something else"))
         expect(v.page.locator(".facts")).to_contain_text("edited")
         v.ask("more")
         assert "something else" in v.prompt()
@@ -204,7 +209,7 @@ def test_escape_leaves_an_edit_without_changing_anything(visit):
         v.button("Edit this message").click()
         v.page.locator("textarea.edit").fill("other")
         v.page.keyboard.press("Escape")
-        assert v.messages() == [("user", "hello"), ("assistant", "first")]
+        v.shows(("user", "hello"), ("assistant", "first"))
         expect(v.button("Edit this message")).to_be_focused()
         assert len(v.engine.requests) == 1
 
@@ -218,6 +223,7 @@ def test_a_fork_is_a_conversation_of_its_own_up_to_there(visit):
         v.ask("other")
         assert [t for _, t in v.messages()] == ["one", "answer 1", "two", "answer 2", "other", "answer 4"]
         assert "three" not in v.prompt()
+        expect(v.page.locator(".steps")).to_have_count(0)  # what was said after it is no branch of the new one
         links = v.page.locator("#conversations a")
         expect(links).to_have_text(["one", "one"])
         links.nth(1).click()
@@ -310,3 +316,26 @@ def test_two_conversations_are_answered_at_once(visit):
         v.page.locator("#conversations a").filter(has_text="first").click()
         expect(v.answered().locator(".answer")).to_have_text(WORDS)
         expect(v.page.locator("#conversations .is-running")).to_have_count(0)
+
+
+def test_the_built_in_model_itself_answers_on_the_page(browser):
+    from pyrosome.engine.loaded import open_engine
+    from pyrosome.engine.worker import EngineThread
+    from pyrosome.server.service import Service
+    from tests.e2e.browser.visit import visiting_at
+    from tests.server.scripted import MODEL, running
+
+    cache = 64 << 20
+    service = Service(MODEL, None, make_driver=lambda: EngineThread(lambda: open_engine(MODEL, cache_bytes=cache)))
+    with running(service) as url, visiting_at(browser, url, None, service) as v:
+        set_settings(v, temperature=0, maxTokens=24)
+        first = said_in(v.ask("? falcon"))
+        expect(v.page.locator(".facts")).to_contain_text("Think High")
+        v.button("Regenerate").click()
+        expect(v.page.locator(".steps")).to_have_text("2 / 2")
+        assert said_in(v.answered()) == first  # at temperature 0
+        assert first[1]
+
+
+def said_in(answer):
+    return answer.locator(".thought-text").text_content(), answer.locator(".answer").text_content()

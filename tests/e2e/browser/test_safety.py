@@ -80,7 +80,8 @@ SHOW = """async ([text, size]) => {
         attributes: [...new Set(all.flatMap((e) => e.getAttributeNames()))],
         links: all.filter((e) => e.tagName === "A").map((e) => [e.protocol, e.rel, e.target, e.textContent]),
         text: answer.textContent,
-        isWithin: document.documentElement.scrollWidth <= innerWidth,
+        isWithin: [document.documentElement, document.querySelector("#log")].every(
+            (e) => e.scrollWidth <= e.clientWidth),
     };
 }"""
 
@@ -100,7 +101,7 @@ def test_hostile_text_does_nothing(page, name):
         for protocol, rel, target, _ in found["links"]:
             assert protocol in ("http:", "https:", "mailto:")
             assert (rel, target) == ("noopener noreferrer", "_blank")
-        assert found["isWithin"], "the page became wider than the window"
+        assert found["isWithin"], "something is wider than its place"
     page.page.locator(".answer").hover()
     page.page.wait_for_timeout(20)  # whatever was to run or load would have begun
     assert page.wrongs() == []
@@ -162,7 +163,7 @@ def test_an_error_of_the_server_is_text(visit):
             "**/v1/chat/completions", lambda route: route.fulfill(status=400, json={"error": {"message": evil}})
         )
         v.say("hello")
-        expect(v.page.locator(".problem p")).to_have_text(evil)
+        expect(v.page.locator(".problem p")).to_have_text(f"{evil}.")
 
 
 def test_the_policy_stops_what_would_get_past_the_page(visit):

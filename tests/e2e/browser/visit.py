@@ -6,6 +6,7 @@ import contextlib
 import re
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,13 @@ class Visit:
             for one in found.all()
         ]
 
+    def shows(self, *expected: tuple[str, str]) -> None:
+        """Assert that these messages are shown, at once or soon."""
+        end = time.monotonic() + PATIENCE_MS / 1000
+        while self.messages() != list(expected) and time.monotonic() < end:
+            self.page.wait_for_timeout(20)
+        assert self.messages() == list(expected)
+
     def prompt(self, index: int = -1) -> str:
         """The prompt of a request, as the engine was given it."""
         return TOKENIZER.decode(self.engine.requests[index].ids)
@@ -151,15 +159,26 @@ def visiting(
     script = saying(script) if isinstance(script, str) else script
     with scripted(script, **server) as (client, engine, service), through(str(client.base_url)) as url:
         prepare(service)
-        made = browser.new_context(**{"viewport": {"width": 1200, "height": 800}, **(context or {})})
         try:
-            made.add_init_script(WATCH)
-            visit = Visit(made, url, engine, service, meet)
-            yield visit
-            assert visit.wrongs() == []
+            with visiting_at(browser, url, engine, service, context=context, meet=meet) as visit:
+                yield visit
         finally:
             engine.hold.clear()
-            made.close()
+
+
+@contextlib.contextmanager
+def visiting_at(
+    browser: Browser, url: str, engine: Any, service: Any, *, context: dict[str, Any] | None = None, meet: bool = True
+) -> Iterator[Visit]:
+    """A tab on the page of a server that runs."""
+    made = browser.new_context(**{"viewport": {"width": 1200, "height": 800}, **(context or {})})
+    try:
+        made.add_init_script(WATCH)
+        visit = Visit(made, url, engine, service, meet)
+        yield visit
+        assert visit.wrongs() == []
+    finally:
+        made.close()
 
 
 class Cable:

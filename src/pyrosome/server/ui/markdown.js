@@ -29,13 +29,14 @@ export class Growing {
     const rest = text.slice(this.#start);
     const { tokens, targets } = parsed(rest, this.#targets);
     const settled = isWhole ? { tokens: tokens.length, characters: rest.length } : settledIn(rest, tokens);
-    this.#root.append(...nodesOf(tokens.slice(0, settled.tokens), true));
+    fill(this.#root, nodesOf(tokens.slice(0, settled.tokens), true));
     this.#open = nodesOf(tokens.slice(settled.tokens), false);
-    this.#root.append(...this.#open);
+    fill(this.#root, this.#open);
     this.#start += settled.characters;
     if (!Object.keys(targets).length) return;
     if (isWhole) { // a link's target may have been told after the link
-      this.#root.replaceChildren(...nodesOf(parsed(text, {}).tokens, true));
+      this.#root.replaceChildren();
+      fill(this.#root, nodesOf(parsed(text, {}).tokens, true));
     } else if (settled.characters) {
       this.#targets = parsed(rest.slice(0, settled.characters), this.#targets).targets;
     }
@@ -75,27 +76,37 @@ function nodesOf(tokens, isSettled) {
   const stack = [root];
   for (const token of tokens) {
     if (token.nesting < 0) {
-      const { node, wrap, children } = stack.pop();
-      node?.append(...children);
-      stack.at(-1).children.push(...(node ? [wrap ? wrap(node) : node] : children));
+      const { node, wrap, isText, children } = stack.pop();
+      if (node) fill(node, children);
+      if (isText) node.dir = "auto"; // now: with each child that comes later the browser would look through all others
+      addAll(stack.at(-1).children, node ? [wrap ? wrap(node) : node] : children);
     } else if (token.nesting > 0) {
       stack.push({ ...opened(token), children: [] });
     } else {
-      stack.at(-1).children.push(...single(token, isSettled));
+      addAll(stack.at(-1).children, single(token, isSettled));
     }
   }
   return root.children;
+}
+
+// One by one: an answer may have more nodes than a call may have arguments.
+function fill(node, children) {
+  for (const child of children) node.append(child);
+}
+
+function addAll(list, more) {
+  for (const one of more) list.push(one);
 }
 
 /** The element of a token that holds others; without `node` it is left out, and what it holds stays. */
 function opened(token) {
   const name = token.type.replace(/_open$/, "");
   if (token.hidden) return {}; // the paragraphs of a tight list
-  if (name in PLAIN) return { node: el(PLAIN[name], { dir: name === "paragraph" ? "auto" : null }) };
-  if (name === "heading") return { node: el(`h${Math.min(6, Number(token.tag[1]) + 2)}`, { dir: "auto" }) };
+  if (name in PLAIN) return { node: el(PLAIN[name]), isText: name === "paragraph" || name === "list_item" };
+  if (name === "heading") return { node: el(`h${Math.min(6, Number(token.tag[1]) + 2)}`), isText: true };
   if (name === "ordered_list") return { node: el("ol", { start: token.attrGet("start") }) };
   if (name === "table") return { node: el("table"), wrap: (table) => scrolling("Table", table) };
-  if (name === "th" || name === "td") return { node: el(name, { class: aligned(token.attrGet("style")) }) };
+  if (name === "th" || name === "td") return { node: el(name, { class: aligned(token.attrGet("style")) }), isText: true };
   if (name === "link") {
     const address = addressOf(token.attrGet("href"));
     return address ? { node: link(address) } : {};
@@ -105,15 +116,14 @@ function opened(token) {
 
 function single(token, isSettled) {
   if (token.type === "inline") return nodesOf(token.children, isSettled);
-  if (token.type === "text") return [token.content];
-  if (token.type === "softbreak") return ["\n"];
+  if (token.type === "softbreak") return [document.createTextNode("\n")];
   if (token.type === "hardbreak") return [el("br")];
   if (token.type === "hr") return [el("hr")];
   if (token.type === "code_inline") return [el("code", {}, token.content)];
   if (token.type === "fence") return [codeBlock(token.content, token.info.trim().split(/\s+/)[0], isSettled)];
   if (token.type === "code_block") return [codeBlock(token.content, "", isSettled)];
   if (token.type === "image") return [image(token)];
-  return [token.content];
+  return [document.createTextNode(token.content)]; // text, and whatever else there may be
 }
 
 function codeBlock(text, language, isSettled) {
@@ -135,7 +145,7 @@ async function copyFrom(button, text) {
 function image(token) {
   const address = addressOf(token.attrGet("src"));
   const name = token.content || "without a name";
-  return address ? link(address, `image: ${name}`) : `[image: ${name}]`;
+  return address ? link(address, `image: ${name}`) : document.createTextNode(`[image: ${name}]`);
 }
 
 function link(address, ...children) {

@@ -3,7 +3,9 @@
 import { copy, el, icon, iconButton } from "./dom.js";
 import { Growing } from "./markdown.js";
 import { CallsView } from "./tools.js";
-import { bytes, factsOf, headingOf, many, seconds } from "./words.js";
+import { bytes, factsOf, headingOf, many, seconds, sentence } from "./words.js";
+
+const LEAST_MS = 50; // thoughts that came within less were not watched by anybody
 
 /**
  * @param page what a message asks of the page: edit, regenerate, fork, resume, step, giveResults, siblings, resultsOf,
@@ -70,7 +72,7 @@ export class MessageView {
       field,
       el("div", { class: "row" }, el("button", { class: "primary" }, label),
         el("button", { type: "button", onclick: () => close(null) }, "Cancel"),
-        el("span", { class: "hint" }, "Ctrl+Enter keeps it, Esc does not")));
+        el("span", { class: "hint" }, `Ctrl+Enter: ${label.toLowerCase()}. Esc: leave it as it was.`)));
     field.value = this.message.content;
     this.body.replaceWith(box);
     this.foot.hidden = true;
@@ -123,7 +125,7 @@ export class AssistantView extends MessageView {
     this.details = el("details", { class: "thoughts", hidden: true },
       el("summary", { onclick: () => { this.#isTouched = true; } }, icon("thought"), this.summary),
       el("div", { class: "thought-text", dir: "auto" }, this.thoughts));
-    this.answer = el("div", { class: "answer", dir: "auto" });
+    this.answer = el("div", { class: "answer" });
     this.growing = new Growing(this.answer);
     this.calls = new CallsView((results) => this.page.giveResults(this.message, results));
     this.waiting = el("p", { class: "waiting", hidden: true });
@@ -145,9 +147,7 @@ export class AssistantView extends MessageView {
     this.calls.show(calls, results, this.#isAwaited(calls, results, isRunning));
     this.#paintWaiting();
     this.#paintProblem(isRunning);
-    const facts = isRunning ? this.#factsSoFar() : factsOf(this.message);
-    this.facts.textContent = facts;
-    this.facts.hidden = !facts;
+    this.#paintFacts(isRunning ? this.#factsSoFar() : factsOf(this.message));
     if (isRunning) this.foot.replaceChildren();
     else this.#paintActions();
   }
@@ -175,7 +175,7 @@ export class AssistantView extends MessageView {
 
   #thought() {
     const { thinkMs, reasoningTokens } = this.message.facts ?? {};
-    const time = thinkMs ? `Thought for ${seconds(thinkMs)}` : "Thoughts";
+    const time = thinkMs > LEAST_MS ? `Thought for ${seconds(thinkMs)}` : "Thoughts";
     return reasoningTokens ? `${time} · ${many(reasoningTokens, "token")}` : time;
   }
 
@@ -202,7 +202,12 @@ export class AssistantView extends MessageView {
   }
 
   #factsSoFar() {
-    return this.turn.rate ? `about ${this.turn.rate.toFixed(0)} tokens/s` : "";
+    return this.turn.rate ? [`about ${this.turn.rate.toFixed(0)} tokens/s`] : [];
+  }
+
+  #paintFacts(facts) {
+    this.facts.replaceChildren(...facts.flatMap((fact, n) => [n ? " · " : "", el("span", {}, fact)]));
+    this.facts.hidden = !facts.length;
   }
 
   #paintProblem(isRunning) {
@@ -211,7 +216,7 @@ export class AssistantView extends MessageView {
     if (this.problem.hidden) return;
     const wait = problem.retryAfter ? ` It says to wait ${many(problem.retryAfter, "second")}.` : "";
     const retry = this.page.canAsk() && el("button", { type: "button", onclick: () => this.page.regenerate(this.message) }, "Try again");
-    this.problem.replaceChildren(el("strong", {}, headingOf(problem)), el("p", {}, problem.text + wait), retry || "");
+    this.problem.replaceChildren(el("strong", {}, headingOf(problem)), el("p", {}, sentence(problem.text) + wait), retry || "");
   }
 
   #paintActions() {

@@ -22,7 +22,7 @@ export function bytes(value) {
   return `${(value / 1e6).toFixed(1)} MB`;
 }
 
-/** What a turn cost and how it went, in one line. */
+/** What a turn cost and how it went, fact by fact. */
 export function factsOf(message) {
   const facts = message.facts ?? {};
   const said = [];
@@ -40,8 +40,11 @@ export function factsOf(message) {
   if (facts.finish === "length") said.push("cut at the limit of tokens");
   if (facts.finish === "stopped") said.push("stopped by you");
   if (facts.isEdited) said.push("edited");
-  return said.join(" · ");
+  return said;
 }
+
+/** A text with a full stop, where it has none of its own. */
+export const sentence = (text) => (/[.!?…]\s*$/.test(text) ? text : `${text}.`);
 
 /** A problem's heading, by the status it came with; 0 is none. */
 export function headingOf(problem) {
