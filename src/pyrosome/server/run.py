@@ -16,6 +16,7 @@ import socket
 import ssl
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import uvicorn
@@ -25,12 +26,14 @@ from pyrosome.errors import EngineError, RequestError
 from pyrosome.options import ServerOptions
 from pyrosome.server.app import make_app
 from pyrosome.server.connection import Connection, Limits
+from pyrosome.server.memory import Tidy
 from pyrosome.server.service import FAILED, READY, Service
 
 log = logging.getLogger(__name__)
 
 BACKLOG = 2048
 CLOSING_S = 2  # from the last answer to the end of its connection
+THREADS = 8  # for prompts, files and what else would hold the event loop up
 FILES = 256  # that a server has open besides its connections
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -104,6 +107,7 @@ class Server(uvicorn.Server):
         self._service, self._when_ready, self._owns_process = service, when_ready, owns_process
         self._ending: asyncio.Task[None] | None = None
         self._has_told = False
+        self._tidy = Tidy()
         self.failure = ""
 
     @contextlib.contextmanager
@@ -139,6 +143,8 @@ class Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Ten times a second."""
+        if self._owns_process and self._tidy.is_due:
+            asyncio.get_running_loop().run_in_executor(None, self._tidy)
         state = self._service.state
         if state == READY and not self._has_told:
             self._has_told = True
@@ -147,6 +153,12 @@ class Server(uvicorn.Server):
             self.failure = self._service.reason
             self.should_exit = True
         return await super().on_tick(counter)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Open the sockets; what takes long is done by a few threads, so that many long prompts do not fill memory."""
+        threads = ThreadPoolExecutor(THREADS, thread_name_prefix="pyrosome-server")
+        asyncio.get_running_loop().set_default_executor(threads)
+        await super().startup(sockets)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Close what is open; an engine that is still being loaded is not waited for."""
