@@ -48,11 +48,11 @@ class Arrival:
         if self.receive is None:
             return False
         coming = asyncio.ensure_future(self.receive())
-        await asyncio.sleep(0)
-        if not coming.done():
+        try:
+            await asyncio.sleep(0)
+            return coming.done() and bool(coming.result()["type"] == "http.disconnect")
+        finally:
             coming.cancel()
-            return False
-        return coming.result()["type"] == "http.disconnect"
 
 
 current: contextvars.ContextVar[Arrival] = contextvars.ContextVar("arrival")
