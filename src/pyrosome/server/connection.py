@@ -94,7 +94,7 @@ class Connection(HttpToolsProtocol):
         if (len(self._head) if end < 0 else end + 4) > self._limits.max_header_bytes:
             most = self._limits.max_header_bytes
             self._refuse(Problem(431, f"the request's head has more than the {most:,} bytes that are taken"))
-        elif _BARE.search(self._head, 0, len(self._head) if end < 0 else end + 4):
+        elif _BARE.search(self._head, start, len(self._head) if end < 0 else end + 4):
             self._refuse(Problem(400, "a line of the request's head does not end with CR LF"))
         elif end >= 0:
             head, rest = bytes(self._head[: end + 4]), bytes(self._head[end + 4 :])
