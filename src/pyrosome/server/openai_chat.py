@@ -279,7 +279,8 @@ class ChatShape(Shape):
     def _told(self) -> dict[str, Any]:
         if self._form.official:
             return {}
-        found: dict[str, Any] = {"pyrosome": {"mode": self.asked.mode, "seed": self.outcome.seed, **beside(self.outcome)}}
+        told = {"mode": self.asked.mode, "seed": self.outcome.seed, **beside(self.outcome)}
+        found: dict[str, Any] = {"pyrosome": told}
         if self._form.prompt_logprobs:
             found["prompt_logprobs"] = prompt_entries(self._tokenizer, self.outcome.prompt_logprobs)
         return found
