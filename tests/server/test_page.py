@@ -125,7 +125,9 @@ def test_whatever_the_page_names_is_there():
     for name in ("message.js", "sidebar.js", "composer.js", "dom.js"):
         source = (page.FOLDER / name).read_text()
         used |= set(re.findall(r'icon(?:Button)?\("(\w+)"', source))
-        used |= set(re.findall(r'=> .*, "(\w+)"\]', source)) | set(re.findall(r'step\(-?1, "[^"]+", "(\w+)"\)', source))
+        used |= set(re.findall(r'\["\w+", "[^"]+", .*?, "(\w+)"\]', source)) | set(
+            re.findall(r'step\(-?1, "[^"]+", "(\w+)"\)', source)
+        )
     assert used == drawn
 
 

@@ -9,6 +9,7 @@ from playwright.sync_api import expect
 
 from tests.e2e.browser.test_chat import CALL, SLOW, WEATHER, WORDS, set_settings
 from tests.e2e.browser.test_trouble import FAILED_LOAD, BusyDoor, with_door
+from tests.e2e.browser.visit import chromium
 from tests.server.scripted import saying
 
 PHONE = {"viewport": {"width": 360, "height": 740}, "is_mobile": True, "has_touch": True}
@@ -27,6 +28,12 @@ def audit(page):
     return [
         f"{rule['id']} ({rule['impact']}): {[n['html'][:160] for n in rule['nodes']]}" for rule in found["violations"]
     ]
+
+
+def test_a_missing_chromium_is_a_failure_that_says_what_to_do(monkeypatch):
+    monkeypatch.setattr("tests.e2e.browser.visit.CHROMIUM", "/nowhere/chromium")
+    with pytest.raises(RuntimeError, match="apt-get install chromium"), chromium():
+        pass
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

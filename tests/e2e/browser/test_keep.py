@@ -2,7 +2,6 @@
 
 import json
 
-import pytest
 from playwright.sync_api import expect
 
 from tests.e2e.browser.test_chat import SLOW, WORDS
@@ -169,7 +168,7 @@ def whole(**changes):
     return {"format": "pyrosome conversations", "version": 1, "conversations": [found]}
 
 
-@pytest.mark.parametrize(("text", "words"), [
+NOT_OURS = [
     ("{", "no file of conversations"),
     ("[]", "has exported"),
     ('{"format": "other", "version": 1}', "has exported"),
@@ -179,12 +178,16 @@ def whole(**changes):
     (json.dumps(whole(role="system")), "role"),
     (json.dumps(whole(parent="b")), "missing"),
     (json.dumps(whole(parent="a")), "follows itself"),
-])  # fmt: skip
-def test_a_file_that_is_none_of_ours_is_refused_in_words(visit, text, words):
+]  # fmt: skip
+
+
+def test_a_file_that_is_none_of_ours_is_refused_in_words(visit):
     with visit(SAID) as v:
-        bring(v, "file.json", text)
-        expect(v.page.locator("#notices")).to_contain_text("file.json was not imported")
-        expect(v.page.locator("#notices")).to_contain_text(words)
+        for text, words in NOT_OURS:
+            bring(v, "file.json", text)
+            expect(v.page.locator(".notice").last).to_contain_text("file.json was not imported")
+            expect(v.page.locator(".notice").last).to_contain_text(words)
+            v.button("Close this notice").last.click()
         expect(v.page.locator("#conversations a")).to_have_count(0)
 
 

@@ -46,7 +46,7 @@ LINK = 'target="_blank" rel="noopener noreferrer"'
     ("[a **b**](http://a.test)",
      f'<p><a href="http://a.test/" {LINK} title="http://a.test/">a <strong>b</strong></a></p>'),
     ("| a | b |\n|:-:|--|\n| 1 | 2 |",
-     '<div class="scroll" tabindex="0" role="region" aria-label="Table"><table><thead><tr><th class="center">a</th>'
+     '<div tabindex="0" role="region" aria-label="Table" class="scroll"><table><thead><tr><th class="center">a</th>'
      '<th>b</th></tr></thead><tbody><tr><td class="center">1</td><td>2</td></tr></tbody></table></div>'),
     ("```py\nx = '<b>'\n```",
      '<figure class="code"><figcaption><span>py</span><button type="button" class="copy">Copy</button></figcaption>'

@@ -11,7 +11,7 @@ from pyrosome.server.caller import ANYBODY, OpenDoor
 from pyrosome.server.problems import Refused
 from pyrosome.server.service import FAILED, LOADING, READY
 from tests.e2e.browser.test_chat import SLOW, WORDS, set_settings
-from tests.e2e.browser.visit import Cable
+from tests.e2e.browser.visit import ELSEWHERE, Cable
 from tests.server.scripted import saying
 
 SAID = "</think>answer"
@@ -75,6 +75,29 @@ def test_a_key_is_asked_for_when_the_server_wants_one(visit):
         v.button("Settings").click()
         v.button("Forget the key").click()
         assert KEY not in v.page.evaluate("JSON.stringify(sessionStorage)")
+
+
+def test_the_page_works_without_tls_from_another_machine(visit):
+    """There a browser withholds the clipboard and more."""
+
+    def through(url):
+        return contextlib.nullcontext(url.replace("127.0.0.1", ELSEWHERE))
+
+    with visit(SAID, prepare=with_door(KeyDoor()), through=through, meet=False) as v:
+        v.allowed = [FAILED_LOAD, "Cross-Origin-Opener-Policy header has been ignored"]
+        v.page.get_by_label("Key", exact=True).fill(KEY)
+        v.page.keyboard.press("Enter")
+        expect(v.page.locator("#model")).to_have_text("builtin:nano")
+        assert v.page.evaluate("window.isSecureContext") is False
+        v.ask("hello")
+        v.button("Regenerate").click()
+        v.answered()
+        v.button("Fork").last.click()
+        expect(v.page.locator("#conversations a")).to_have_count(2)
+        v.button("Copy this answer").click()
+        expect(v.page.locator("#notices")).to_contain_text("does not let this page copy")
+        v.page.reload()
+        v.shows(("user", "hello"), ("assistant", "answer"))
 
 
 def test_without_a_key_the_message_stays_and_can_be_sent_again(visit):

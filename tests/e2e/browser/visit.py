@@ -17,9 +17,11 @@ from playwright.sync_api import Browser, BrowserContext, Locator, Page, expect, 
 from tests.server.scripted import TOKENIZER, Script, ScriptedEngine, saying, scripted
 
 CHROMIUM = "/usr/bin/chromium"
+ELSEWHERE = "elsewhere.test"  # this machine, by a name that the browser trusts no more than any other without TLS
 ARGUMENTS = [
     "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
+    f"--host-resolver-rules=MAP {ELSEWHERE} 127.0.0.1",
 ]  # fmt: skip
 WATCH = """
 window.violations = [];

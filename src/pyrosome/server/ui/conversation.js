@@ -17,7 +17,7 @@ export class Conversation {
 
   static blank(settings) {
     const now = Date.now();
-    return new Conversation({ id: crypto.randomUUID(), title: "", created: now, updated: now, leaf: null, settings });
+    return new Conversation({ id: newId(), title: "", created: now, updated: now, leaf: null, settings });
   }
 
   get id() { return this.record.id; }
@@ -40,7 +40,7 @@ export class Conversation {
   add(parent, fields) {
     const latest = Math.max(0, ...(this.below.get(parent) ?? []).map((id) => this.messages.get(id).created));
     const created = Math.max(Date.now(), latest + 1); // the order of siblings is that of their times
-    const message = { id: crypto.randomUUID(), conversation: this.id, parent, created, content: "", ...fields };
+    const message = { id: newId(), conversation: this.id, parent, created, content: "", ...fields };
     this.#put(message);
     this.record.leaf = message.id;
     if (!this.record.title && message.role === "user") {
@@ -64,7 +64,7 @@ export class Conversation {
   forkedAt(message) {
     const fork = Conversation.blank({ ...this.settings });
     const copies = structuredClone(this.path(message.id));
-    const ids = new Map(copies.map((copy) => [copy.id, crypto.randomUUID()]));
+    const ids = new Map(copies.map((copy) => [copy.id, newId()]));
     for (const copy of copies) {
       fork.#put({ ...copy, id: ids.get(copy.id), conversation: fork.id, parent: ids.get(copy.parent) ?? null });
     }
@@ -78,6 +78,11 @@ export class Conversation {
     if (!this.below.has(message.parent)) this.below.set(message.parent, []);
     this.below.get(message.parent).push(message.id);
   }
+}
+
+/** 128 random bits.  (`randomUUID` is to be had over TLS and on this machine alone.) */
+export function newId() {
+  return [...crypto.getRandomValues(new Uint8Array(16))].map((byte) => byte.toString(16).padStart(2, "0")).join("");
 }
 
 /**
@@ -118,12 +123,14 @@ function asSent(message, next) {
 
 /** What the user wrote, behind the files that go with it, each between marks with its name. */
 export function withFiles({ content, files = [] }) {
-  const shown = files.map((file) => `[file name]: ${file.name}\n[file content begin]\n${file.text}\n[file content end]`);
+  const shown = files.map(({ name, text }) =>
+    `[file name]: ${name}\n[file content begin]\n${text}\n[file content end]`);
   return [...shown, content].filter(Boolean).join("\n");
 }
 
 export const MODE_NAMES = ["off", "high", "max"];
 
 export function defaultSettings(mode) {
-  return { system: "", mode: MODE_NAMES.includes(mode) ? mode : "high", temperature: null, maxTokens: null, seed: null, tools: "" };
+  const known = MODE_NAMES.includes(mode) ? mode : "high";
+  return { system: "", mode: known, temperature: null, maxTokens: null, seed: null, tools: "" };
 }

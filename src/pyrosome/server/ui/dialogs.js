@@ -4,7 +4,7 @@ import { asking, key } from "./api.js";
 import { byId } from "./dom.js";
 import { problemOfTools } from "./tools.js";
 
-const FIELDS = { temperature: Number, maxTokens: Number, seed: Number };
+const NUMBERS = ["temperature", "maxTokens", "seed"];
 
 /** Open a dialog; true where it was left by its first button. */
 function opened(dialog) {
@@ -22,7 +22,9 @@ export function closeByButtons() {
       event.preventDefault();
       dialog.close(event.submitter?.value ?? "yes");
     });
-    for (const button of dialog.querySelectorAll("[data-close]")) button.addEventListener("click", () => dialog.close(""));
+    for (const button of dialog.querySelectorAll("[data-close]")) {
+      button.addEventListener("click", () => dialog.close(""));
+    }
   }
 }
 
@@ -57,13 +59,13 @@ export function confirm(question, button) {
 export async function changeSettings(settings) {
   byId("system").value = settings.system;
   byId("tools").value = settings.tools;
-  for (const name of Object.keys(FIELDS)) byId(name).value = settings[name] ?? "";
+  for (const name of NUMBERS) byId(name).value = settings[name] ?? "";
   byId("forget-key").hidden = !key.get();
   checkTools();
   if (!(await opened(byId("settings")))) return false;
   settings.system = byId("system").value;
   settings.tools = byId("tools").value.trim();
-  for (const [name, read] of Object.entries(FIELDS)) settings[name] = byId(name).value === "" ? null : read(byId(name).value);
+  for (const name of NUMBERS) settings[name] = byId(name).value === "" ? null : Number(byId(name).value);
   return true;
 }
 

@@ -31,7 +31,13 @@ export function icon(name) {
 
 /** A button with a drawing; its name is read out and shown on hovering. */
 export function iconButton(name, label, onclick, attributes = {}) {
-  return el("button", { type: "button", class: "icon-button", "aria-label": label, title: label, onclick, ...attributes }, icon(name));
+  const usual = { type: "button", class: "icon-button", "aria-label": label, title: label, onclick };
+  return el("button", { ...usual, ...attributes }, icon(name));
+}
+
+/** An element that may have to be scrolled, and so is reached by the keyboard and has a name. */
+export function region(name, label, attributes, ...children) {
+  return el(name, { tabindex: 0, role: "region", "aria-label": label, ...attributes }, ...children);
 }
 
 export const byId = (id) => document.getElementById(id);
@@ -46,7 +52,8 @@ export function announce(text) {
 /** Words at the foot of the page until they are closed; the last few at most. */
 export function notice(text) {
   const box = byId("notices");
-  const line = el("div", { class: "notice" }, el("span", {}, text), iconButton("close", "Close this notice", () => line.remove()));
+  const close = iconButton("close", "Close this notice", () => line.remove());
+  const line = el("div", { class: "notice" }, el("span", {}, text), close);
   box.append(line);
   while (box.children.length > MOST_NOTICES) box.firstChild.remove();
 }

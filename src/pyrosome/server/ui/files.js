@@ -26,7 +26,8 @@ export async function readFile(file, room) {
   }
   const tokens = await countOf(text);
   if (tokens !== null && room !== null && tokens > room) {
-    throw new Refusal(`${file.name} has ${count(tokens)} tokens; there is room for ${count(Math.max(0, room))} in this conversation.`);
+    const left = count(Math.max(0, room));
+    throw new Refusal(`${file.name} has ${count(tokens)} tokens; there is room for ${left} in this conversation.`);
   }
   return { name: file.name, bytes: file.size, text, tokens };
 }

@@ -21,6 +21,7 @@ const NOT_READY = {
   restarting: "The engine is being started again…",
   failed: "The model could not be loaded",
 };
+const NOTHING_KEPT = "This browser keeps no data for this page: conversations are gone when it is closed.";
 const STATES = { thinking: "Thinking", answering: "Answering" };
 const READ_OUT = 800; // characters of a finished answer that are read out
 
@@ -42,7 +43,7 @@ class Page {
     this.sidebar = new Sidebar(this);
     this.#listen();
     this.store = await openStore();
-    if (!this.store.isKept) notice("This browser keeps no data for this page: conversations are gone when it is closed. Export what you need.");
+    if (!this.store.isKept) notice(NOTHING_KEPT);
     this.store.onChange((id) => this.#changedElsewhere(id));
     this.#records = await this.store.conversations();
     await this.#openNamed();
@@ -58,7 +59,9 @@ class Page {
   }
 
   async remove(record) {
-    if (!(await confirm(`Delete “${record.title || "Without a title"}” with all its branches? It is kept nowhere else.`, "Delete"))) return;
+    const name = record.title || "Without a title";
+    const question = `Delete “${name}” with all its branches? It is kept nowhere else.`;
+    if (!(await confirm(question, "Delete"))) return;
     this.#gone.add(record.id);
     this.#turns.get(record.id)?.stop();
     this.#records = this.#records.filter(({ id }) => id !== record.id);
@@ -291,7 +294,8 @@ class Page {
     }
     const list = byId("messages");
     messages.forEach((message, n) => {
-      const view = this.#views.get(message.id) ?? new (message.role === "user" ? UserView : AssistantView)(message, this);
+      const View = message.role === "user" ? UserView : AssistantView;
+      const view = this.#views.get(message.id) ?? new View(message, this);
       this.#views.set(message.id, view);
       view.turn = turn?.message === message ? turn : null;
       if (list.children[n] !== view.element) list.insertBefore(view.element, list.children[n] ?? null);

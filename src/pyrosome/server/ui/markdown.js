@@ -3,14 +3,14 @@
 // text, an image is a link to it, and a link leads to the web or to mail or is text.
 
 import MarkdownIt from "./vendor/markdown-it.mjs";
-import { copy, el } from "./dom.js";
+import { copy, el, region } from "./dom.js";
 
 const parser = new MarkdownIt({ html: false, linkify: true });
 parser.validateLink = (text) => addressOf(text) !== null; // any other link is shown as it was written
 
 const PLAIN = {
-  paragraph: "p", blockquote: "blockquote", bullet_list: "ul", list_item: "li", thead: "thead", tbody: "tbody", tr: "tr",
-  em: "em", strong: "strong", s: "s",
+  paragraph: "p", blockquote: "blockquote", bullet_list: "ul", list_item: "li", thead: "thead", tbody: "tbody",
+  tr: "tr", em: "em", strong: "strong", s: "s",
 };
 const LINE_END = /\r\n|\n|\r/g;
 
@@ -105,8 +105,10 @@ function opened(token) {
   if (name in PLAIN) return { node: el(PLAIN[name]), isText: name === "paragraph" || name === "list_item" };
   if (name === "heading") return { node: el(`h${Math.min(6, Number(token.tag[1]) + 2)}`), isText: true };
   if (name === "ordered_list") return { node: el("ol", { start: token.attrGet("start") }) };
-  if (name === "table") return { node: el("table"), wrap: (table) => scrolling("Table", table) };
-  if (name === "th" || name === "td") return { node: el(name, { class: aligned(token.attrGet("style")) }), isText: true };
+  if (name === "table") return { node: el("table"), wrap: scrolling };
+  if (name === "th" || name === "td") {
+    return { node: el(name, { class: aligned(token.attrGet("style")) }), isText: true };
+  }
   if (name === "link") {
     const address = addressOf(token.attrGet("href"));
     return address ? { node: link(address) } : {};
@@ -129,10 +131,11 @@ function single(token, isSettled) {
 function codeBlock(text, language, isSettled) {
   const shown = text.replace(/\n$/, "");
   // While the block grows it is made anew all the time: a button in it would slip from under the finger.
-  const button = isSettled && el("button", { type: "button", class: "copy", onclick: () => copyFrom(button, text) }, "Copy");
+  const onclick = () => copyFrom(button, text);
+  const button = isSettled && el("button", { type: "button", class: "copy", onclick }, "Copy");
   const head = el("figcaption", {}, el("span", {}, language.slice(0, 40) || "text"), button);
   const label = language ? `Code, ${language.slice(0, 40)}` : "Code";
-  return el("figure", { class: "code" }, head, el("pre", { tabindex: 0, role: "region", "aria-label": label }, el("code", {}, shown)));
+  return el("figure", { class: "code" }, head, region("pre", label, {}, el("code", {}, shown)));
 }
 
 async function copyFrom(button, text) {
@@ -149,7 +152,8 @@ function image(token) {
 }
 
 function link(address, ...children) {
-  return el("a", { href: address.href, target: "_blank", rel: "noopener noreferrer", title: address.href }, ...children);
+  const { href } = address;
+  return el("a", { href, target: "_blank", rel: "noopener noreferrer", title: href }, ...children);
 }
 
 /** A URL where one may go, or null.  Relative ones are none: they would lead about in this server. */
@@ -162,6 +166,6 @@ function addressOf(text) {
   }
 }
 
-const scrolling = (label, child) => el("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": label }, child);
+const scrolling = (table) => region("div", "Table", { class: "scroll" }, table);
 
 const aligned = (style) => (style ? style.replace(/^text-align:\s*/, "") : null);

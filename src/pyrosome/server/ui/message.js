@@ -1,6 +1,6 @@
 // How one message is shown, and what can be done with it.
 
-import { copy, el, icon, iconButton } from "./dom.js";
+import { copy, el, icon, iconButton, region } from "./dom.js";
 import { Growing } from "./markdown.js";
 import { CallsView } from "./tools.js";
 import { bytes, factsOf, headingOf, many, seconds, sentence } from "./words.js";
@@ -68,7 +68,11 @@ export class MessageView {
         close(field.value);
       }
     };
-    const box = el("form", { class: "editing", onkeydown: keys, onsubmit: (event) => { event.preventDefault(); close(field.value); } },
+    const submit = (event) => {
+      event.preventDefault();
+      close(field.value);
+    };
+    const box = el("form", { class: "editing", onkeydown: keys, onsubmit: submit },
       field,
       el("div", { class: "row" }, el("button", { class: "primary" }, label),
         el("button", { type: "button", onclick: () => close(null) }, "Cancel"),
@@ -88,7 +92,8 @@ export class MessageView {
       "data-action": label, disabled: !all[at + by],
     });
     return el("span", { class: "steps", role: "group", "aria-label": "Versions of this message" },
-      step(-1, "Earlier version", "left"), el("span", {}, `${at + 1} / ${all.length}`), step(1, "Later version", "right"));
+      step(-1, "Earlier version", "left"), el("span", {}, `${at + 1} / ${all.length}`),
+      step(1, "Later version", "right"));
   }
 }
 
@@ -98,18 +103,24 @@ export class UserView extends MessageView {
   paint() {
     const { message } = this;
     const files = (message.files ?? []).map((file) => el("details", { class: "file" },
-      el("summary", {}, icon("file"), el("span", { class: "name" }, file.name), el("span", { class: "size" }, sizeOf(file))),
-      el("pre", { tabindex: 0, role: "region", "aria-label": `Text of ${file.name}` }, file.text)));
-    this.body.replaceChildren(...files, message.content ? el("div", { class: "text", dir: "auto" }, message.content) : "");
+      el("summary", {}, icon("file"), el("span", { class: "name" }, file.name),
+        el("span", { class: "size" }, sizeOf(file))),
+      region("pre", `Text of ${file.name}`, {}, file.text)));
+    const text = message.content && el("div", { class: "text", dir: "auto" }, message.content);
+    this.body.replaceChildren(...files, text);
+    const edit = () => this.edit("Send", (changed) => this.page.edit(message, changed));
     this.paintFoot([
       ["copy", "Copy this message", () => copy(message.content), "copy"],
-      ...(this.page.canAsk() ? [["edit", "Edit this message", () => this.edit("Send", (text) => this.page.edit(message, text)), "edit"]] : []),
+      ...(this.page.canAsk() ? [["edit", "Edit this message", edit, "edit"]] : []),
       ["fork", "Fork: a new conversation up to here", () => this.page.fork(message), "fork"],
     ]);
   }
 }
 
-export const sizeOf = (file) => [bytes(file.bytes), file.tokens === null ? "tokens not counted" : many(file.tokens, "token")].join(" · ");
+/** A file's size in bytes and in tokens. */
+export function sizeOf(file) {
+  return `${bytes(file.bytes)} · ${file.tokens === null ? "tokens not counted" : many(file.tokens, "token")}`;
+}
 
 export class AssistantView extends MessageView {
   #shownThoughts = 0;
@@ -153,7 +164,8 @@ export class AssistantView extends MessageView {
   }
 
   #isAwaited(calls, results, isRunning) {
-    return calls.length > 0 && !results && !isRunning && this.message.facts?.finish === "tool_calls" && this.page.canAsk();
+    const isOver = !isRunning && this.message.facts?.finish === "tool_calls";
+    return isOver && calls.length > 0 && !results && this.page.canAsk();
   }
 
   #paintThoughts() {
@@ -170,7 +182,9 @@ export class AssistantView extends MessageView {
     if (isThinking !== this.#wasThinking && !this.#isTouched) this.details.open = isThinking;
     this.#wasThinking = isThinking;
     this.details.classList.toggle("thinking", isThinking);
-    this.summary.textContent = isThinking ? `Thinking… ${seconds(performance.now() - turn.thoughtBegan)}` : this.#thought();
+    this.summary.textContent = isThinking
+      ? `Thinking… ${seconds(performance.now() - turn.thoughtBegan)}`
+      : this.#thought();
   }
 
   #thought() {
@@ -215,8 +229,10 @@ export class AssistantView extends MessageView {
     this.problem.hidden = !problem || isRunning;
     if (this.problem.hidden) return;
     const wait = problem.retryAfter ? ` It says to wait ${many(problem.retryAfter, "second")}.` : "";
-    const retry = this.page.canAsk() && el("button", { type: "button", onclick: () => this.page.regenerate(this.message) }, "Try again");
-    this.problem.replaceChildren(el("strong", {}, headingOf(problem)), el("p", {}, sentence(problem.text) + wait), retry || "");
+    const again = () => this.page.regenerate(this.message);
+    const retry = this.page.canAsk() ? el("button", { type: "button", onclick: again }, "Try again") : "";
+    const text = el("p", {}, sentence(problem.text) + wait);
+    this.problem.replaceChildren(el("strong", {}, headingOf(problem)), text, retry);
   }
 
   #paintActions() {
@@ -225,8 +241,11 @@ export class AssistantView extends MessageView {
     if (message.content) actions.push(["copy", "Copy this answer", () => copy(message.content), "copy"]);
     if (page.canAsk()) {
       actions.push(["regenerate", "Regenerate: another answer", () => page.regenerate(message), "again"]);
-      if (page.canResume(message)) actions.push(["resume", "Continue this answer", () => page.resume(message), "resume"]);
-      actions.push(["edit", "Edit this answer", () => this.edit("Keep", (text) => page.edit(message, text)), "edit"]);
+      if (page.canResume(message)) {
+        actions.push(["resume", "Continue this answer", () => page.resume(message), "resume"]);
+      }
+      const edit = () => this.edit("Keep", (text) => page.edit(message, text));
+      actions.push(["edit", "Edit this answer", edit, "edit"]);
     }
     actions.push(["fork", "Fork: a new conversation up to here", () => page.fork(message), "fork"]);
     this.paintFoot(actions);

@@ -52,11 +52,17 @@ export class Sidebar {
     const focused = document.activeElement?.closest("#conversations") ? document.activeElement.dataset.name : null;
     byId("conversations").replaceChildren(...records.map((record) => {
       const name = record.title || "Without a title";
-      const attributes = { href: `#${record.id}`, "aria-current": record.id === open ? "page" : null, title: name, "data-name": `open ${record.id}`, onclick: () => this.close() };
-      return el("li", { class: running.has(record.id) ? "is-running" : null },
-        el("a", attributes, name, running.has(record.id) && el("span", { class: "visually-hidden" }, " (an answer is on its way)")),
-        iconButton("export", `Export ${name}`, () => this.page.exportOne(record), { "data-name": `export ${record.id}` }),
-        iconButton("delete", `Delete ${name}`, () => this.page.remove(record), { "data-name": `delete ${record.id}` }));
+      const named = (what) => ({ "data-name": `${what} ${record.id}` });
+      const attributes = {
+        href: `#${record.id}`, title: name, "aria-current": record.id === open ? "page" : null,
+        onclick: () => this.close(), ...named("open"),
+      };
+      const isRunning = running.has(record.id);
+      const mark = isRunning && el("span", { class: "visually-hidden" }, " (an answer is on its way)");
+      return el("li", { class: isRunning ? "is-running" : null },
+        el("a", attributes, name, mark),
+        iconButton("export", `Export ${name}`, () => this.page.exportOne(record), named("export")),
+        iconButton("delete", `Delete ${name}`, () => this.page.remove(record), named("delete")));
     }));
     if (focused) byId("conversations").querySelector(`[data-name="${focused}"]`)?.focus();
     byId("nothing").hidden = records.length > 0;

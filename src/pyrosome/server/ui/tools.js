@@ -1,6 +1,6 @@
 // Tool calls: what the model wants done, and what the user says came of it.  The page itself carries nothing out.
 
-import { el } from "./dom.js";
+import { el, region } from "./dom.js";
 import { count, indented } from "./words.js";
 
 /** The list of an answer's calls, filled as they come. */
@@ -34,24 +34,27 @@ export class CallsView {
 
   #card(call) {
     const made = {
-      arguments: el("pre", { tabindex: 0, role: "region", "aria-label": `Arguments of ${call.name}` }),
-      text: el("pre", { tabindex: 0, role: "region", "aria-label": `Result of ${call.name}` }),
+      arguments: region("pre", `Arguments of ${call.name}`),
+      text: region("pre", `Result of ${call.name}`),
       size: el("span"),
     };
     made.result = el("details", { class: "result", open: true }, el("summary", {}, "Result", made.size), made.text);
-    const name = el("div", { class: "call-name" }, el("span", { class: "label" }, "Tool call"), el("code", {}, call.name));
+    const label = el("span", { class: "label" }, "Tool call");
+    const name = el("div", { class: "call-name" }, label, el("code", {}, call.name));
     this.element.append(el("li", { class: "call" }, name, made.arguments, made.result));
     return made;
   }
 
   #askFor(calls) {
-    const fields = calls.map((call) => [call.id, el("textarea", { rows: 2, spellcheck: "false", autocomplete: "off" })]);
+    const plain = { rows: 2, spellcheck: "false", autocomplete: "off" };
+    const fields = calls.map((call) => [call.id, el("textarea", plain)]);
     const labels = calls.map((call, n) => el("label", {}, `Result of ${call.name}`, fields[n][1]));
     const send = (event) => {
       event.preventDefault();
       this.give(Object.fromEntries(fields.map(([id, field]) => [id, field.value])));
     };
-    return el("form", { class: "give", onsubmit: send }, labels, el("button", { class: "primary" }, "Give the results"));
+    const button = el("button", { class: "primary" }, "Give the results");
+    return el("form", { class: "give", onsubmit: send }, labels, button);
   }
 }
 
@@ -64,7 +67,7 @@ export function problemOfTools(text) {
   } catch (error) {
     return `This is no JSON: ${error.message}`;
   }
-  if (!Array.isArray(found)) return "A list of tools is expected: [{\"type\": \"function\", \"function\": {\"name\": …}}]";
+  if (!Array.isArray(found)) return 'A list of tools is expected: [{"type": "function", "function": {"name": …}}]';
   const wrong = found.findIndex((tool) => typeof tool?.function?.name !== "string");
   return wrong < 0 ? "" : `Tool ${wrong + 1} has no function with a name.`;
 }

@@ -1,9 +1,13 @@
 // Conversations as a file, and back.  A file is whatever somebody hands over, so nothing in it is taken on trust.
 
-import { Conversation, defaultSettings, MODE_NAMES } from "./conversation.js";
+import { Conversation, defaultSettings, MODE_NAMES, newId } from "./conversation.js";
 
 const FORMAT = "pyrosome conversations";
 const VERSION = 1;
+const NUMBERS = [
+  "promptTokens", "completionTokens", "cachedTokens", "reasoningTokens", "firstMs", "totalMs", "thinkMs",
+  "tokensPerSecond",
+];
 
 /** JSON text of conversations with all their branches. */
 export function exported(conversations) {
@@ -20,7 +24,9 @@ export function imported(text) {
     throw new Error(`This is no file of conversations: ${error.message}.`);
   }
   if (found?.format !== FORMAT) throw new Error("This is no file of conversations that this page has exported.");
-  if (found.version !== VERSION) throw new Error(`The file has version ${found.version}; this page reads version ${VERSION}.`);
+  if (found.version !== VERSION) {
+    throw new Error(`The file has version ${found.version}; this page reads version ${VERSION}.`);
+  }
   must(Array.isArray(found.conversations), "its list of conversations is missing");
   return found.conversations.map(conversationOf);
 }
@@ -29,7 +35,7 @@ function conversationOf(found) {
   must(isObject(found) && Array.isArray(found.messages), "a conversation has no messages");
   const made = Conversation.blank(settingsOf(found.settings));
   made.record.title = string(found.title).slice(0, 200);
-  const ids = new Map(found.messages.map((message) => [string(message?.id), crypto.randomUUID()]));
+  const ids = new Map(found.messages.map((message) => [string(message?.id), newId()]));
   must(ids.size === found.messages.length, "two messages have the same id");
   const messages = found.messages.map((message) => messageOf(message, made.id, ids));
   mustAllEnd(messages);
@@ -49,18 +55,22 @@ function messageOf(found, conversation, ids) {
   if (Array.isArray(found.files)) message.files = found.files.map(fileOf);
   if (found.reasoning) message.reasoning = string(found.reasoning);
   if (Array.isArray(found.calls)) message.calls = found.calls.map(callOf);
-  if (isObject(found.results)) message.results = Object.fromEntries(Object.entries(found.results).map(([id, text]) => [id, string(text)]));
+  if (isObject(found.results)) {
+    message.results = Object.fromEntries(Object.entries(found.results).map(([id, text]) => [id, string(text)]));
+  }
   if (isObject(found.facts)) message.facts = factsOf(found.facts);
   return message;
 }
 
-const fileOf = (file) => ({ name: string(file?.name), bytes: number(file?.bytes) ?? 0, text: string(file?.text), tokens: number(file?.tokens) });
+const fileOf = (file) => ({
+  name: string(file?.name), bytes: number(file?.bytes) ?? 0, text: string(file?.text), tokens: number(file?.tokens),
+});
 
 const callOf = (call) => ({ id: string(call?.id), name: string(call?.name), arguments: string(call?.arguments) });
 
 function factsOf(found) {
   const facts = {};
-  for (const name of ["promptTokens", "completionTokens", "cachedTokens", "reasoningTokens", "firstMs", "totalMs", "thinkMs", "tokensPerSecond"]) {
+  for (const name of NUMBERS) {
     if (number(found[name]) !== null) facts[name] = found[name];
   }
   for (const name of ["mode", "finish"]) if (typeof found[name] === "string") facts[name] = found[name].slice(0, 40);

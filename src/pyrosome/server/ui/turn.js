@@ -126,7 +126,8 @@ export class Turn extends EventTarget {
     facts.firstMs = this.firstAt - this.began;
     facts.totalMs = performance.now() - this.began;
     const ms = this.lastAt - this.firstAt;
-    facts.tokensPerSecond = facts.completionTokens > 1 && ms > LEAST_MS ? ((facts.completionTokens - 1) * 1000) / ms : null;
+    const isMeasured = facts.completionTokens > 1 && ms > LEAST_MS;
+    facts.tokensPerSecond = isMeasured ? ((facts.completionTokens - 1) * 1000) / ms : null;
   }
 
   async #saveNowAndThen() {
