@@ -141,12 +141,12 @@ class Connection(HttpToolsProtocol):
             super().on_body(body)
 
     def on_message_complete(self) -> None:
-        """The request is complete; where it was answered before that, this is its end."""
+        """The request is complete; where it was answered before that, the next one may come."""
         if self._has_strayed or not self.cycle:
             return
         super().on_message_complete()
         if self.state == LINGER:
-            self.transport.close()
+            self._now(IDLE)
 
     def on_response_complete(self) -> None:
         """The answer is sent: wait for the next request, or let a client end what it is sending."""
