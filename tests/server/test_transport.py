@@ -251,9 +251,11 @@ def test_what_waits_for_nothing_makes_room_for_who_comes():
         assert len(server.service.exchanges) == 2, "nobody who is being answered was sent away"
 
 
-def test_a_client_that_reads_nothing_is_given_up_and_the_engine_freed():
+@pytest.mark.parametrize(("request_s", "connection_s"), [(0.5, 60), (60, 0.5)])
+def test_a_client_that_reads_nothing_is_given_up_and_the_engine_freed(request_s, connection_s):
+    """By whoever answers it, and by its connection."""
     long = saying("</think>" + "some more of it " * 60_000)
-    with wired(long, limits=Limits(write_s=0.5), options=ServerOptions(write_s=0.5)) as server:
+    with wired(long, limits=Limits(write_s=connection_s), options=ServerOptions(write_s=request_s)) as server:
         wire = server.wire(receive_bytes=4096).send(post({**BODY, "stream": True, "max_tokens": 300_000}))
         until(lambda: server.engine.aborted)
         until(lambda: not server.service.exchanges and server.service.gate.num_inside == 0)
