@@ -422,19 +422,20 @@ def test_a_fault_of_the_server_is_told_with_its_id_and_nothing_of_it(server, mon
 
 
 BOMBS = {
-    "nested lists": b'{"messages":' + b"[" * 100_000,
-    "nested objects": b'{"a":' * 100_000,
-    "an integer of a million digits": b'{"seed":' + b"1" * 1_000_000 + b"}",
-    "millions of values": b'{"messages":[' + b"[]," * 5_000_000 + b"[]]}",
-    "not a number": b'{"temperature":NaN}',
-    "half a character": b'{"messages":"\xc3"}',
-    "no object": b"[]",
+    "nested lists": (b'{"messages":' + b"[" * 100_000, "nested too deep"),
+    "nested objects": (b'{"a":' * 100_000, "nested too deep"),
+    "an integer of a million digits": (b'{"seed":' + b"1" * 1_000_000 + b"}", "not JSON"),
+    "millions of values": (b'{"messages":[' + b"[]," * 5_000_000 + b"[]]}", "and up to 4,194,304 are read"),
+    "not a number": (b'{"temperature":NaN}', "NaN is no JSON"),
+    "half a character": (b'{"messages":"\xc3"}', "not UTF-8"),
+    "no object": (b"[]", "an object was expected"),
 }
 
 
-@pytest.mark.parametrize("body", BOMBS.values(), ids=BOMBS.keys())
-def test_a_body_that_would_hurt_is_refused(server, body):
-    assert server.ask(post(body))[0] == 400
+@pytest.mark.parametrize(("body", "said"), BOMBS.values(), ids=BOMBS.keys())
+def test_a_body_that_would_hurt_is_refused(server, body, said):
+    status, _, text = server.ask(post(body))
+    assert status == 400 and said in json.loads(text)["error"]["message"]
     assert server.ask(post())[0] == 200
 
 
