@@ -15,8 +15,8 @@ class Node:
     """One block of a prefix.  With pages it is in the pool; without, in a tier or a ghost."""
 
     __slots__ = (
-        "children", "depth", "is_forgotten", "is_linked", "key", "name", "num_resident", "pages", "parent", "pinned",
-        "short_of", "snapshot", "uses", "worth",
+        "__weakref__", "children", "depth", "is_forgotten", "is_linked", "key", "name", "num_resident", "pages",
+        "parent", "pinned", "short_of", "snapshot", "uses", "worth",
     )  # fmt: skip
 
     def __init__(self, parent: Node | None, key: bytes, name: bytes) -> None:

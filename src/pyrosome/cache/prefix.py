@@ -14,6 +14,7 @@ import heapq
 import itertools
 from collections import Counter, OrderedDict
 from collections.abc import Collection, Sequence
+from weakref import WeakValueDictionary
 
 import torch
 
@@ -51,7 +52,9 @@ class PrefixTree:
         self.counters = Counters()
         self.num_blocks = 0
         self._shelf = Shelf(snapshot_bytes, self.counters, self._store_snapshot)
-        self._roots: dict[str, Node] = {}
+        # By salt, of which clients choose any number: a root that nothing grows from and nobody stands on goes.
+        self._roots: WeakValueDictionary[str, Node] = WeakValueDictionary()
+        self._grown: set[Node] = set()  # roots with blocks, which stay
         self._held: dict[tuple[int, int], int] = {}  # (ratio, page) -> nodes that hold it
         self._heap: list[tuple[float, int, Node]] = []  # leaves and what once were leaves, the least worth first
         self._numbers = itertools.count()
@@ -346,7 +349,7 @@ class PrefixTree:
         """Write everything that is known to disk, if there is one: what the next process begins with."""
         if self.tiers is None:
             return
-        resident = [n for n in self._linked(self._roots.values()) if n.parent is not None and n.pages is not None]
+        resident = [n for n in self._linked(list(self._roots.values())) if n.parent is not None and n.pages is not None]
         for node in sorted(resident, key=lambda n: -n.depth):  # the last blocks are the first to be dropped again
             self._store(node)
         self.tiers.flush()
@@ -357,7 +360,8 @@ class PrefixTree:
         """Forget a prefix from its first block on, with all that was computed from it: its rows were found wrong."""
         root = self._root(salt)
         for key in keys_of(ids, 0, min(1, len(ids) // BLOCK_TOKENS)):
-            if child := root.children.pop(key, None):
+            if child := root.children.get(key):
+                self._cut(child)
                 self._forget(child)
             if self.tiers is not None:
                 self.tiers.drop(block_name(root.name, key)[: 2 * TAG_BYTES])
@@ -367,6 +371,7 @@ class PrefixTree:
         for name in [salt] if salt is not None else list(self._roots):
             root = self._root(name)
             del self._roots[name]
+            self._grown.discard(root)
             self._forget(root)
             if self.tiers is not None:
                 self.tiers.drop(root.name[:TAG_BYTES])
@@ -393,8 +398,24 @@ class PrefixTree:
         child = Node(parent, key, block_name(parent.name, key) if self.tiers else b"")
         child.is_linked = parent.is_linked
         if child.is_linked:
-            parent.children[key] = child
+            self._link(child)
         return child
+
+    def _link(self, node: Node) -> None:
+        """Put a block under the one before it."""
+        parent = node.parent
+        assert parent is not None
+        parent.children[node.key] = node
+        if parent.parent is None:
+            self._grown.add(parent)
+
+    def _cut(self, node: Node) -> None:
+        """Take a block from under the one before it."""
+        parent = node.parent
+        assert parent is not None
+        del parent.children[node.key]
+        if parent.parent is None and not parent.children:
+            self._grown.discard(parent)
 
     def _stored(self, node: Node, key: bytes) -> Node | None:
         """A block that is in a tier and not remembered: an earlier process left it there."""
@@ -410,8 +431,8 @@ class PrefixTree:
         self._shadows[node] = None
         while len(self._shadows) > self._max_shadows:
             for old in self._linked([next(iter(self._shadows))]):  # nothing below it is in the pool
-                assert old.parent is not None
-                del self._shadows[old], old.parent.children[old.key]
+                del self._shadows[old]
+                self._cut(old)
                 self._shelf.drop(old)
                 old.is_linked = False
 
@@ -432,7 +453,8 @@ class PrefixTree:
         assert node.parent is not None
         self._shadows.pop(node, None)
         if not node.is_linked:
-            node.parent.children[node.key], node.is_linked = node, True
+            self._link(node)
+            node.is_linked = True
         first = (node.depth - 1) * BLOCK_TOKENS
         node.pages = {r: held[first // r // PAGE_ROWS] for r, held in holding.pages.items()}
         for ratio, page in node.pages.items():
