@@ -26,6 +26,7 @@ from pyrosome.server import (
     sessions,
     transport,
 )
+from pyrosome.server.keys import routes as keys_routes
 from pyrosome.server.problems import Problem, Refused, problem_of
 from pyrosome.server.service import Service
 
@@ -40,6 +41,7 @@ ROUTERS = (
     models.router,
     health.router,
     page.router,
+    keys_routes.router,
 )
 
 
