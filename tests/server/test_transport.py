@@ -452,7 +452,7 @@ def certificate(tmp_path_factory):
 
 
 def test_tls_by_a_certificate_and_its_key(certificate):
-    options = ServerOptions(tls_certificate=certificate[0], tls_key=certificate[1])
+    options = ServerOptions(tls_certificate=certificate[0], tls_key=certificate[1], header_s=2)
     trusting = ssl.create_default_context(cafile=certificate[0])
     with wired(HI, options=options, limits=Limits(linger_s=0.3)) as server:
         wire = server.wire(tls=trusting).send(post())
@@ -461,5 +461,7 @@ def test_tls_by_a_certificate_and_its_key(certificate):
         refused = server.wire(tls=trusting).send(b"FOO / HTTP/1.1\r\nHost: a\r\n\r\n")
         assert refused.answer()[0] == 400
         assert refused.is_closed()
+        silent = server.wire()
         plain = server.wire().send(head(GET))
         assert plain.is_closed(), "nobody is answered without it"
+        assert silent.is_closed(), "nobody is waited for either"

@@ -36,7 +36,8 @@ Compat = Annotated[
     str,
     typer.Option(
         help="deepseek: the official API to the letter, with its refusals and its forced sampling. Else every client "
-        "gets what it asks for."
+        "gets what it asks for.",
+        show_default="none",
     ),
 ]
 TokenizerDir = Annotated[

@@ -156,9 +156,23 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Open the sockets; what takes long is done by a few threads, so that many long prompts do not fill memory."""
-        threads = ThreadPoolExecutor(THREADS, thread_name_prefix="pyrosome-server")
-        asyncio.get_running_loop().set_default_executor(threads)
-        await super().startup(sockets)
+        loop, config = asyncio.get_running_loop(), self.config
+        loop.set_default_executor(ThreadPoolExecutor(THREADS, thread_name_prefix="pyrosome-server"))
+        await self.lifespan.startup()
+        if self.lifespan.should_exit:
+            raise RuntimeError("the application did not start; the log says why")
+        made_by: Any = config.http_protocol_class
+        connection = functools.partial(
+            made_by, config=config, server_state=self.server_state, app_state=self.lifespan.state
+        )
+        self.servers = [
+            await loop.create_server(
+                connection, sock=made, ssl=config.ssl, backlog=config.backlog,
+                ssl_handshake_timeout=self._service.options.header_s if config.ssl else None,
+            )
+            for made in sockets or bound(config.host, config.port)
+        ]  # fmt: skip
+        self.started = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Close what is open; an engine that is still being loaded is not waited for."""
