@@ -1,16 +1,11 @@
 """One Chromium for each file of tests, a new profile for each test.
 
-They fail where there is no Chromium; PYROSOME_WITHOUT_BROWSER=1 leaves them out.
+Where there is no Chromium they are left out, but not in `.ci/run`; see `tests.needs`.
 """
 
 from __future__ import annotations
 
-import os
-
 import pytest
-
-if os.environ.get("PYROSOME_WITHOUT_BROWSER") == "1":
-    collect_ignore_glob = ["test_*.py"]
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 from playwright.sync_api import Browser, BrowserContext, Locator, Page, expect, sync_playwright
 
+from tests.needs import lacking
 from tests.server.scripted import TOKENIZER, Script, ScriptedEngine, saying, scripted
 
 CHROMIUM = "/usr/bin/chromium"
@@ -36,10 +37,7 @@ PATIENCE_MS = 20_000
 def chromium() -> Iterator[Browser]:
     """Debian's Chromium, headless, with an empty profile."""
     if not Path(CHROMIUM).exists():
-        raise RuntimeError(
-            f"the page is tested in Chromium and there is no {CHROMIUM}; install it (apt-get install chromium), or set "
-            "PYROSOME_WITHOUT_BROWSER=1 to leave these tests out"
-        )
+        lacking(f"the browser {CHROMIUM}", "apt-get install chromium")
     expect.set_options(timeout=PATIENCE_MS)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)

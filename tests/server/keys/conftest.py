@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 from sqlalchemy import NullPool, create_engine, text
 
 from pyrosome.server.keys.store import Store
-from tests.server.keys.postgres import WITHOUT, cluster
+from tests.server.keys.postgres import cluster
 
 
 @pytest.fixture(scope="session")
 def postgres():
     """A PostgreSQL server's database for tests, as an engine that empties it, and its URL."""
-    if os.environ.get(WITHOUT) == "1":
-        pytest.skip(f"{WITHOUT}=1")
     with cluster() as url:
         address = url.replace("postgresql:", "postgresql+psycopg:")
         engine = create_engine(address, isolation_level="AUTOCOMMIT", poolclass=NullPool)
