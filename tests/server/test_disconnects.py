@@ -12,7 +12,7 @@ import pytest
 from pyrosome.engine.loaded import open_engine
 from pyrosome.engine.worker import EngineThread
 from pyrosome.options import EngineOptions, ServerOptions
-from pyrosome.server.caller import OpenDoor
+from pyrosome.server.caller import Entry, OpenDoor
 from pyrosome.server.service import Service
 from tests.server.scripted import MODEL, events_of, running, saying, until
 from tests.server.wires import BODY, CHAT, Wire, Wired, post, wired
@@ -38,6 +38,7 @@ class Books(OpenDoor):
         self.entered: list[str] = []
         self.begun: list[str] = []
         self.lines: list[tuple[str, str]] = []
+        self.entries: list[Entry] = []
 
     async def enter(self, caller, request, prompt_tokens, max_tokens):
         await asyncio.sleep(self.slow_s)
@@ -55,6 +56,7 @@ class _Ticket:
         self._books.begun.append(entry.request)
         await asyncio.sleep(self._books.slow_s)
         self._books.lines.append((entry.request, entry.status))
+        self._books.entries.append(entry)
 
 
 def all_is_given_back(server: Wired, books: Books) -> None:

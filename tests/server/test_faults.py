@@ -86,18 +86,23 @@ def test_a_reader_that_breaks_costs_its_own_request_and_its_line_has_what_was_co
 
     def breaking(self, event):
         seen.append(event)
-        if len(seen) == 4:
-            raise RuntimeError("the secret of the day")
-        return feed(self, event)
+        return feed(self, event) if len(seen) < 4 else broken()
+
+    def broken(*_):
+        raise RuntimeError("the secret of the day")
 
     with wired(LONGER, door=books, step_s=0.002) as server:
         monkeypatch.setattr(target, "feed", breaking)
+        monkeypatch.setattr(target, "end", broken)
+        monkeypatch.setattr(target, "done", broken)
         message, request_id = failure(server.ask(post({"max_tokens": 400, **body}, path)), body.get("stream"))
         assert request_id in message and "secret" not in message
         assert request_id in caplog.text, "the log has more under that id"
         until(lambda: server.engine.aborted)
         all_is_given_back(server, books)
         assert [s for _, s in books.lines] == ["error"]
+        assert books.entries[0].usage.completion_tokens == 4
+        monkeypatch.undo()
         assert server.ask(post({**BODY, "max_tokens": 5}))[0] == 200
 
 

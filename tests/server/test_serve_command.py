@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -341,6 +342,7 @@ def test_a_signal_while_the_model_is_loaded_ends_both(tmp_path):
     with served(state=tmp_path, ready=False) as server:
         until(lambda: server.engine, LONG)
         engine = server.engine
+        os.kill(engine, signal.SIGSTOP)  # it would take for ever
         server.signal(signal.SIGTERM)
         assert server.ended() == 0
         assert not is_alive(engine)

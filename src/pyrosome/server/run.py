@@ -129,9 +129,8 @@ class Server(uvicorn.Server):
         """Begin to end; asked again, do it at once."""
         if self._ending:
             self._service.hurry.set()
-            return
-        self._service.begin_to_drain()
-        self._ending = asyncio.get_running_loop().create_task(self._drained())
+        else:
+            self._ending = asyncio.get_running_loop().create_task(self._drained())
 
     async def _drained(self) -> None:
         running = len(self._service.exchanges)

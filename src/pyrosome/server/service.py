@@ -162,17 +162,13 @@ class Service:
         """Why it has failed, where it has."""
         return self._reason or (self.driver.over if self.driver else "")
 
-    def begin_to_drain(self) -> None:
-        """Take nothing new from now on."""
-        self._state = DRAINING
-        self.gate.is_closing = True
-
     async def drain(self) -> None:
         """Take nothing new, wait for what runs as long as the options say or until there is a `hurry`, then end it.
 
         Whoever is still being answered is told, if they read it soon.
         """
-        self.begin_to_drain()
+        self._state = DRAINING
+        self.gate.is_closing = True
         until = time.monotonic() + self.options.drain_s
         while self.exchanges and time.monotonic() < until and not self.hurry.is_set():
             await asyncio.sleep(LOOK_S)
