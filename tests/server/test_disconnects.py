@@ -191,6 +191,17 @@ def test_a_client_that_leaves_in_the_middle_of_its_body_costs_nothing():
         assert len(server.engine.requests) == 1
 
 
+def test_at_the_end_who_reads_nothing_is_not_waited_for():
+    books = Books()
+    with wired(ENDLESS, door=books, options=ServerOptions(drain_s=0)) as server:
+        wire = server.wire(receive_bytes=4096).send(post({**STREAM, "max_tokens": 10_000}))
+        until(lambda: server.connections and server.connections[0].flow and server.connections[0].flow.write_paused)
+        ending = asyncio.run_coroutine_threadsafe(server.service.drain(), server.connections[0].loop)
+        all_is_given_back(server, books)
+        ending.result(30)
+        assert wire.is_closed()
+
+
 PROTOCOLS = [(CHAT, STREAM), (MESSAGES, CLAUDE), (RESPONSES, INPUT)]
 
 
