@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 from pyrosome.checkpoint.index import open_checkpoint
 from pyrosome.cli import app
 from pyrosome.cli.pointers import pointers
+from pyrosome.cli.serve import _Said
 from pyrosome.cli.server_flags import KV_FORMATS, LEAST_BYTES, NUMERICS, USUAL_BYTES, cache_size
 from pyrosome.errors import CheckpointError, PyrosomeError, RequestError
 from pyrosome.model.numerics import NUMERICS as REAL_NUMERICS
@@ -151,6 +152,15 @@ def test_an_address_open_to_others_is_served_once_there_is_a_key(taken, tmp_path
     assert made.exit_code == 0, made.output
     assert taken("--host", "0.0.0.0").door.is_needed
     assert not taken().door.is_needed
+
+
+def test_who_may_use_it_is_told(taken):
+    def told(*arguments):
+        return " ".join(_Said(taken(*arguments), socket.socket(), as_json=False)._about_keys())
+
+    assert told() == "No key is needed; clients that want one may send any."
+    assert "Whoever reaches 0.0.0.0 may use it" in told("--host", "0.0.0.0", "--keys", "off")
+    assert "Any web page" in told("--cors", "*")
 
 
 def test_a_port_in_use_is_said_in_one_line_with_status_2(tmp_path):

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -176,24 +177,29 @@ class _Said:
             }  # fmt: skip
             typer.echo(json.dumps(told))
             return
-        needed = self._service.door.is_needed
         other = "; requests for other names are answered too" if options.any_name else ""
         lines = [
             f"{self.url} answers as {card.name}{other}.",
             f"Context {card.context_tokens:,} tokens; a request that says nothing about thinking is answered in mode "
             f"{card.mode}; up to {self._service.engine_options.max_sequences} at once.",
             f"A page to talk on: {self.url}/   metrics: {self.url}/metrics   API: {self.url}/openapi.json",
-            "A key is needed: `pyrosome keys create NAME` makes one."
-            if needed
-            else "No key is needed; clients that want one may send any.",
+            *self._about_keys(),
         ]
-        if "*" in options.cors and not needed:
-            lines.append(
-                "Any web page that is open on this machine may use the server, since --cors is * and no key is needed."
-            )
-        self._screen.notice(
-            "\n".join(lines) + "\n\n" + pointers(self.url, card.name, key="KEY" if needed else NO_KEY) + "\n"
-        )
+        key = "KEY" if self._service.door.is_needed else NO_KEY
+        self._screen.notice("\n".join(lines) + "\n\n" + pointers(self.url, card.name, key=key) + "\n")
+
+    def _about_keys(self) -> Iterator[str]:
+        from pyrosome.server.keys.door import is_loopback
+
+        options = self._service.options
+        if self._service.door.is_needed:
+            yield "A key is needed: `pyrosome keys create NAME` makes one."
+            return
+        yield "No key is needed; clients that want one may send any."
+        if not is_loopback(options.host):
+            yield f"Whoever reaches {options.host or 'this machine'} may use it, since --keys is off."
+        if "*" in options.cors:
+            yield "Any web page that is open on a machine that reaches it may use it, since --cors is *."
 
 
 def _join_logs() -> None:
