@@ -122,6 +122,7 @@ REFUSED = [
     (("--sequences", "0"), "max_sequences is 0"),
     (("--context", "-1"), "max_context is -1"),
     (("--cache-gib", "-1"), "cache-gib is -1"),
+    (("--cache-gib", "0"), "cache-gib is 0"),
     (("--drafter", "best"), "drafter is 'best'"),
     (("--experts", "far"), "experts is 'far'"),
     (("--numerics", "fast"), "--numerics is 'fast'"),

@@ -94,7 +94,7 @@ def serve(
         prices=dataclasses.astuple(paid) if paid else _SERVER.prices,
     )  # fmt: skip
     rows = flags.check_arithmetic(numerics, kv_format, dialect)
-    engine = engine_options(cache_gib or flags.USUAL_BYTES / 2**30, drafter, log_every, trace)
+    engine = engine_options(flags.USUAL_BYTES / 2**30 if cache_gib is None else cache_gib, drafter, log_every, trace)
     engine = dataclasses.replace(engine, max_sequences=sequences, max_context=context, disk_path=disk)
     held = load_options(experts, lock_memory, numa)
 
