@@ -127,6 +127,7 @@ def test_nothing_that_was_said_is_in_any_line_at_any_level(caplog):
     for name in ("httpx2", "httpcore2"):  # of the client, which says what it sends
         caplog.set_level(logging.WARNING, name)
     caplog.set_level(logging.DEBUG)
+    caplog.set_level(logging.DEBUG, "pyrosome")  # a command that ran before in this process may have set it
     marks = ["Zprompt", "Zsystem", "Zanswer", "Zthought", "Zquery", "Zkey", "Zuser", "Zmodel", "Ztool", "Zmeta", "Zbad"]
     body = {
         "messages": [{"role": "system", "content": "Zsystem"}, {"role": "user", "content": "Zprompt"}],

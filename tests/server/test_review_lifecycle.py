@@ -91,6 +91,7 @@ def test_an_answer_whose_beginning_cannot_be_written_ends_with_an_error(server, 
     reply = client.post(CHAT, json={**BODY, "stream": True})
     assert [data for _, data in events_of(reply.text)][-1] == "[DONE]" and "an error of the server" in reply.text
     all_is_given_back(service)
+    until(lambda: service.door.lines)  # it is written behind the answer
     assert [status for status, _, _ in service.door.lines] == ["error"]
 
 

@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 
 CLOSE_S = 30.0  # what a process may take to write its trace; then it is killed
 LOOK_MS = 1000  # between two looks at whether a process lives whose end was not heard
+BATCH = 256  # events of one request that are handed over at once
 MOST = 64  # commands between two steps, and reports between two looks for commands: neither may hold the other up
 
 
@@ -119,7 +120,10 @@ class AsyncEventStream:
         return event
 
     async def batch(self, wait_s: float) -> list[Event | News]:
-        """All events that are there; none if none comes within so long, or if there will be none any more.
+        """Events that are there, up to `BATCH`; none if none comes within so long, or if none will come any more.
+
+        Where there are more, others have had their turn before it returns: a client that was not read for long may
+        find very many.
 
         Raises:
             RequestError, EngineError: as `accepted`.
@@ -131,8 +135,9 @@ class AsyncEventStream:
             async with asyncio.timeout(None if self._inbox.events else wait_s):
                 while not self._inbox.events:
                     await self._inbox.arrival()
-        events = list(self._inbox.events)
-        self._inbox.events.clear()
+        events = [self._inbox.events.popleft() for _ in range(min(BATCH, len(self._inbox.events)))]
+        if self._inbox.events:
+            await asyncio.sleep(0)
         self._open -= sum(isinstance(e, Ended) for e in events)
         return events
 
