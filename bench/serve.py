@@ -5,7 +5,7 @@
 **Load**: clients that stream to the end, leave at any moment, send what is no request, or hardly read, against a server
 in a process of its own.  Exit status 1 where any answer is 5xx but a 503 with a reason and Retry-After (429 likewise),
 a stream breaks off, a request is stuck, and, once nobody is left, where anything is still held: requests, sequences,
-pages of the cache besides those of kept prefixes, or memory beyond what there was after a tenth of the time.
+pages of the cache besides those of kept prefixes, or memory beyond what there was after a fifth of that time before.
 
 **Overhead**: the same prompts to the same engine, directly in this process and over HTTP, for 32 clients that ask at
 their own times and for one: seconds to the first token, medians.
@@ -38,7 +38,7 @@ from pyrosome.options import SamplingParams
 from pyrosome.server.memory import REST_S
 
 RESULTS = Path(__file__).parent / "results"
-MODEL, AT_ONCE, ROUNDS, ASKED, ANSWER_TOKENS = "builtin:nano", 32, 6, 4, 4
+MODEL, AT_ONCE, ROUNDS, ASKED, ANSWER_TOKENS = "builtin:nano", 32, 5, 4, 4
 PAUSE_S = 2.0  # between two requests of a client, on average
 CACHE = {"cache_bytes": 64 << 20}
 GROWN_MIB, GROWN_SHARE = 32.0, 0.05  # of resident memory, that is nobody's fault
@@ -68,13 +68,13 @@ async def load(
     """What a server did under so many clients; `wrong` lists what it may not do.
 
     Args:
-        weighs: memory is compared with what it was after a tenth of the time, when all had rest.
+        weighs: memory is compared with what it was after a fifth of the time, when all had rest.
     """
     tally, memory, base = Tally(), list[dict[str, float]](), None
     settings: dict[str, Any] = {"max_queue": 128, "write_s": 20.0, "drain_s": 5.0, "model": model, **CACHE, **options}
     async with server(**settings) as told:
         if weighs:
-            await _clients_for(told["port"], seconds / 10, clients, Tally(), 10**6)
+            await _clients_for(told["port"], seconds / 5, clients, Tally(), 10**6)
             base = _sample(told, await _settled(told["port"], weighs=True), -1)
         loop = asyncio.get_running_loop()
         began = loop.time()
