@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 import tomllib
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -349,9 +350,13 @@ def test_the_second_signal_ends_it_at_once(tmp_path):
             wire.close()
 
 
+def command_of(pid):
+    return Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+
+
 def test_a_signal_while_the_model_is_loaded_ends_both(tmp_path):
     with served(state=tmp_path, ready=False) as server:
-        until(lambda: server.engine, LONG)
+        until(lambda: server.engine and b"-c" in command_of(server.engine), LONG)  # it has become what it is to be
         engine = server.engine
         os.kill(engine, signal.SIGSTOP)  # it would take for ever
         server.signal(signal.SIGTERM)
