@@ -209,4 +209,4 @@ def test_connections_that_were_cut_are_made_again(store):
     with pytest.raises(Refused, match="cannot be read or written now"):
         store.write(lambda c: (store.read(lambda r: r.execute(text(cut)).scalar_one()), book.accounts(c)))
     store.write(lambda c: book.create_account(c, NOW, "after"))
-    assert [a.name for a in store.read(book.accounts)] == ["before", "after"]
+    assert {a.name for a in store.read(book.accounts)} == {"before", "after"}
