@@ -122,8 +122,14 @@ def _output(text: GrowingText, tokens: list[TokenEvent], end: Ended | None, para
 
 
 def raise_failed(end: Ended) -> None:
-    """Raise what a generation failed with, if it did, as the class that says whose fault it is."""
+    """Raise what a generation failed with, if it did."""
     if end.reason == "error":
-        kind = getattr(errors, end.error_type, EngineError)
-        # A class with a message of its own making is raised as its base.
-        raise (kind if kind.__init__ is PyrosomeError.__init__ else EngineError)(end.error)
+        raise fault_of(end)
+
+
+def fault_of(end: Ended) -> PyrosomeError:
+    """What a generation failed with, as the class that says whose fault it is."""
+    kind = getattr(errors, end.error_type, EngineError)
+    # A class with a message of its own making is raised as its base.
+    fits = isinstance(kind, type) and issubclass(kind, PyrosomeError) and kind.__init__ is PyrosomeError.__init__
+    return (kind if fits else EngineError)(end.error)

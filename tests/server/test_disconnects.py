@@ -14,6 +14,7 @@ from pyrosome.engine.worker import EngineThread
 from pyrosome.options import EngineOptions, ServerOptions
 from pyrosome.server.caller import Entry, OpenDoor
 from pyrosome.server.service import Service
+from tests.server.books import Ticket
 from tests.server.scripted import MODEL, events_of, running, saying, until
 from tests.server.wires import BODY, CHAT, Wire, Wired, post, wired
 
@@ -43,20 +44,13 @@ class Books(OpenDoor):
     async def enter(self, caller, request, prompt_tokens, max_tokens):
         await asyncio.sleep(self.slow_s)
         self.entered.append(request)
-        return _Ticket(self)
-
-
-class _Ticket:
-    headers: dict[str, str] = {}  # noqa: RUF012
-
-    def __init__(self, books: Books) -> None:
-        self._books = books
+        return Ticket(self.settle)
 
     async def settle(self, entry):
-        self._books.begun.append(entry.request)
-        await asyncio.sleep(self._books.slow_s)
-        self._books.lines.append((entry.request, entry.status))
-        self._books.entries.append(entry)
+        self.begun.append(entry.request)
+        await asyncio.sleep(self.slow_s)
+        self.lines.append((entry.request, entry.status))
+        self.entries.append(entry)
 
 
 def all_is_given_back(server: Wired, books: Books) -> None:

@@ -14,6 +14,7 @@ from pyrosome.options import EngineOptions, ServerOptions
 from pyrosome.server.app import make_app
 from pyrosome.server.caller import OpenDoor
 from pyrosome.server.service import READY, Service
+from tests.server.books import Ticket
 from tests.server.remembering import RememberingEngine
 from tests.server.scripted import MODEL, ScriptedEngine, saying
 
@@ -38,19 +39,12 @@ class Books(OpenDoor):
     async def enter(self, caller, request, prompt_tokens, max_tokens):
         await asyncio.sleep(0)
         self.entered.append(request)
-        return _Ticket(self)
-
-
-class _Ticket:
-    headers: dict[str, str] = {}  # noqa: RUF012
-
-    def __init__(self, books: Books) -> None:
-        self._books = books
+        return Ticket(self.settle)
 
     async def settle(self, entry):
         for _ in range(3):
             await asyncio.sleep(0)
-        self._books.settled.append(entry.request)
+        self.settled.append(entry.request)
 
 
 async def ask(app, path: str, body: dict, headers=(), pauses: int = 0) -> tuple[int, bytes]:

@@ -13,6 +13,7 @@ from pyrosome.server.caller import OpenDoor
 from pyrosome.server.gate import Gate
 from pyrosome.server.openai_chat import ChatShape
 from pyrosome.server.replay import Replay
+from tests.server.books import Ticket
 from tests.server.scripted import events_of, saying, scripted, until
 
 SAID = "what a client said"
@@ -33,20 +34,13 @@ class Books(OpenDoor):
         self.fails = False
 
     async def enter(self, caller, request, prompt_tokens, max_tokens):
-        return _Ticket(self)
-
-
-class _Ticket:
-    headers: dict[str, str] = {}  # noqa: RUF012
-
-    def __init__(self, books: Books) -> None:
-        self._books = books
+        return Ticket(self.settle)
 
     async def settle(self, entry):
         await asyncio.sleep(0)
-        if self._books.fails:
+        if self.fails:
             raise EngineError("the disk is full")
-        self._books.lines.append((entry.status, entry.usage.completion_tokens, entry.first_token_ms is not None))
+        self.lines.append((entry.status, entry.usage.completion_tokens, entry.first_token_ms is not None))
 
 
 @pytest.fixture

@@ -27,12 +27,21 @@ from pyrosome.errors import ContextTooLong
 from pyrosome.server.anthropic_schema import COUNT, COUNTED, MESSAGE, MESSAGES
 from pyrosome.server.caller import GENERATE
 from pyrosome.server.exchange import Exchange, Said, StillHere
-from pyrosome.server.explain import beside
 from pyrosome.server.openai_schema import RENDERED
 from pyrosome.server.openapi import described
 from pyrosome.server.problems import ANTHROPIC, Problem, Refused
-from pyrosome.server.routes import answered, body_of, caller_of, chat_exchange, rendered, salt_of, service_of
-from pyrosome.server.shape import Shape, frame
+from pyrosome.server.routes import (
+    add,
+    answered,
+    body_of,
+    caller_of,
+    chat_exchange,
+    of_one_answer,
+    rendered,
+    salt_of,
+    service_of,
+)
+from pyrosome.server.shape import Shape, frame, progress_of
 
 PREFIXES = ("/v1", "", "/anthropic/v1", "/anthropic")
 _STOP_REASONS = {"tool_calls": "tool_use", "length": "max_tokens", "repetition": "max_tokens"}
@@ -44,7 +53,7 @@ def router() -> APIRouter:
 
     async def create(request: Request) -> Response:
         caller = await caller_of(request, GENERATE)
-        body = _readable(await body_of(request))
+        body = of_one_answer(await body_of(request))
         official = bool(service_of(request).options.compat)
         try:
             prompt, exchange = await chat_exchange(request, body, caller, "messages", "msg_")
@@ -79,10 +88,7 @@ def router() -> APIRouter:
         ("/messages/count_tokens", count, "Count its tokens", described(COUNT, ok=COUNTED, shape=ANTHROPIC)),
         ("/messages/render", render, "Show its prompt", described(COUNT, ok=RENDERED, shape=ANTHROPIC)),
     ):
-        for n, prefix in enumerate(PREFIXES):
-            routes.add_api_route(
-                prefix + suffix, route, methods=["POST"], include_in_schema=n == 0, summary=summary, **about
-            )
+        add(routes, [prefix + suffix for prefix in PREFIXES], route, summary=summary, **about)
     return routes
 
 
@@ -128,9 +134,7 @@ class MessagesShape(Shape):
 
     def still_here(self, here: StillHere) -> list[bytes]:
         """A ping, which clients' deadlines heed, and a comment for people."""
-        progress = here.progress
-        text = f": {progress.computed_tokens} of {progress.prompt_tokens} prompt tokens\n\n" if progress else ""
-        return [text.encode(), _event("ping")]
+        return [progress_of(here), _event("ping")]
 
     def end(self) -> list[bytes]:
         """The end."""
@@ -207,8 +211,7 @@ class MessagesShape(Shape):
         }  # fmt: skip
 
     def _told(self) -> dict[str, Any]:
-        told = {"mode": self.asked.mode, "seed": self.outcome.seed, **beside(self.outcome)}
-        return {} if self._official else {"pyrosome": told}
+        return {} if self._official else self.told()
 
 
 def usage_of(usage: Usage, *, official: bool) -> dict[str, Any]:
@@ -260,8 +263,3 @@ def _event(kind: str, **fields: Any) -> bytes:
 def _hides_thoughts(body: dict[str, Any]) -> bool:
     thinking = body.get("thinking")
     return isinstance(thinking, dict) and thinking.get("display") == "omitted"
-
-
-def _readable(body: dict[str, Any]) -> dict[str, Any]:
-    """The body without what this protocol has no words for in its answer."""
-    return {k: v for k, v in body.items() if k not in ("n", "prompt_logprobs")}

@@ -14,12 +14,12 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from pyrosome import errors
 from pyrosome.answer import Reader, TokenLog
 from pyrosome.chat.events import Done, Event, Message, ReasoningDelta, Usage
 from pyrosome.engine.aio import AsyncEventStream
 from pyrosome.engine.request import Ended, Progress, PromptLogprobs, Request, Reuse, Timeline, TokenEvent
-from pyrosome.errors import EngineError, PyrosomeError
+from pyrosome.errors import PyrosomeError
+from pyrosome.output import fault_of
 from pyrosome.server import arrival
 from pyrosome.server.caller import Caller, Entry, Ticket
 from pyrosome.server.problems import Problem, Refused, shape_of, where
@@ -327,11 +327,7 @@ class Exchange:
         self.outcome.timelines.append(event.timeline)
         if event.reason == "error":
             self.outcome.status = "error"
-            kind = getattr(errors, event.error_type, EngineError)
-            fits = isinstance(kind, type) and issubclass(kind, PyrosomeError)
-            # A class with a message of its own making is raised as its base.
-            own = not fits or kind.__init__ is not PyrosomeError.__init__
-            self.outcome.error = (EngineError if own else kind)(event.error)
+            self.outcome.error = fault_of(event)
             raise self.outcome.error
         if not self.outcome.reuse.prompt_tokens:
             self.outcome.reuse = event.reuse

@@ -15,7 +15,7 @@ from pyrosome.config import ModelConfig
 from pyrosome.server.caller import GENERATE
 from pyrosome.server.openapi import described
 from pyrosome.server.problems import Refused
-from pyrosome.server.routes import body_of, caller_of, must_be_bool, paths, salt_of, service_of
+from pyrosome.server.routes import add, body_of, caller_of, must_be_bool, paths, salt_of, service_of
 from pyrosome.server.service import Service
 
 MODES = ("off", "low", "high", "max")
@@ -55,15 +55,11 @@ def router() -> APIRouter:
     routes = APIRouter(tags=["model"])
     gets: dict[str, Callable[..., Any]] = {"/models": _list, "/models/{model:path}": _one}
     for suffix, route in gets.items():
-        for n, path in enumerate([*paths(suffix), "/anthropic/v1" + suffix]):
-            described_as = described({}, statuses=_PUBLIC)
-            routes.add_api_route(path, route, methods=["GET"], include_in_schema=n == 0, **described_as)
+        add(routes, [*paths(suffix), "/anthropic/v1" + suffix], route, "GET", **described({}, statuses=_PUBLIC))
     for suffix, post, schema in (("/tokenize", _tokenize, _TOKENIZE), ("/detokenize", _detokenize, _DETOKENIZE)):
-        for n, path in enumerate((suffix, "/v1" + suffix)):
-            routes.add_api_route(path, post, methods=["POST"], include_in_schema=n == 0, **described(schema))
-    for n, path in enumerate(("/tokenizer_info", "/v1/tokenizer_info")):
-        described_as = described({}, statuses=_PUBLIC)
-        routes.add_api_route(path, _tokenizer_info, methods=["GET"], include_in_schema=n == 0, **described_as)
+        add(routes, (suffix, "/v1" + suffix), post, **described(schema))
+    about = described({}, statuses=_PUBLIC)
+    add(routes, ("/tokenizer_info", "/v1/tokenizer_info"), _tokenizer_info, "GET", **about)
     routes.add_api_route("/plan", _plan, methods=["GET"], **described({}, statuses=_PUBLIC))
     return routes
 

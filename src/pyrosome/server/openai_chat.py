@@ -15,12 +15,12 @@ from pyrosome.chat.events import ContentDelta, Done, Event, Message, ReasoningDe
 from pyrosome.chat.prompt import Prompt
 from pyrosome.server.caller import GENERATE
 from pyrosome.server.exchange import Exchange, Said, StillHere
-from pyrosome.server.explain import beside
 from pyrosome.server.logprobs import prompt_entries, token_entries
 from pyrosome.server.openai_schema import CHAT, CHAT_ANSWER, RENDERED
 from pyrosome.server.openapi import described
 from pyrosome.server.problems import OPENAI, Problem
 from pyrosome.server.routes import (
+    add,
     answered,
     body_of,
     caller_of,
@@ -31,10 +31,8 @@ from pyrosome.server.routes import (
     service_of,
 )
 from pyrosome.server.service import Service
-from pyrosome.server.shape import Shape, fingerprint, frame
+from pyrosome.server.shape import DONE, KEEP_ALIVE, Shape, fingerprint, frame, progress_of
 from pyrosome.server.unsupported import refuse_unsupported
-
-_DONE = b"data: [DONE]\n\n"
 
 
 def router() -> APIRouter:
@@ -57,10 +55,7 @@ def router() -> APIRouter:
         ("/chat/completions", create, "Answer a conversation", CHAT_ANSWER),
         ("/chat/completions/render", render, "Show the prompt of a conversation", RENDERED),
     ):
-        for n, path in enumerate(paths(suffix)):
-            routes.add_api_route(
-                path, route, methods=["POST"], include_in_schema=n == 0, summary=summary, **described(CHAT, ok=ok)
-            )
+        add(routes, paths(suffix), route, summary=summary, **described(CHAT, ok=ok))
     return routes
 
 
@@ -143,19 +138,18 @@ class ChatShape(Shape):
 
     def still_here(self, here: StillHere) -> list[bytes]:
         """A comment, and an idle delta where the official API sends none, since clients' deadlines heed no comments."""
-        progress = here.progress
-        text = f": {progress.computed_tokens} of {progress.prompt_tokens} prompt tokens" if progress else ": keep-alive"
-        return [f"{text}\n\n".encode(), *([] if self._form.official else [self._chunk(0, self._idle())])]
+        comment = progress_of(here) or KEEP_ALIVE
+        return [comment, *([] if self._form.official else [self._chunk(0, self._idle())])]
 
     def end(self) -> list[bytes]:
         """Usage, where it was asked for, and the end."""
         if not self._form.trailing_usage:
-            return [_DONE]
-        return [frame({**self._head(), "choices": [], "usage": self._usage()}), _DONE]
+            return [DONE]
+        return [frame({**self._head(), "choices": [], "usage": self._usage()}), DONE]
 
     def failed(self, problem: Problem) -> list[bytes]:
         """An error chunk, and the end."""
-        return [frame(problem.body(OPENAI)), _DONE]
+        return [frame(problem.body(OPENAI)), DONE]
 
     # The answer in one piece
 
@@ -279,8 +273,7 @@ class ChatShape(Shape):
     def _told(self) -> dict[str, Any]:
         if self._form.official:
             return {}
-        told = {"mode": self.asked.mode, "seed": self.outcome.seed, **beside(self.outcome)}
-        found: dict[str, Any] = {"pyrosome": told}
+        found = self.told()
         if self._form.prompt_logprobs:
             found["prompt_logprobs"] = prompt_entries(self._tokenizer, self.outcome.prompt_logprobs)
         return found

@@ -17,20 +17,18 @@ from pyrosome.engine.request import Request as EngineRequest
 from pyrosome.engine.request import TokenEvent
 from pyrosome.server.caller import GENERATE, Caller
 from pyrosome.server.exchange import Asked, Exchange, Said, StillHere
-from pyrosome.server.explain import beside
 from pyrosome.server.group import Group
 from pyrosome.server.logprobs import TextLogprobs, prompt_entries
 from pyrosome.server.openai_chat import finish_reason, usage_of
 from pyrosome.server.openai_schema import RENDERED, TEXT, TEXT_ANSWER
 from pyrosome.server.openapi import described
 from pyrosome.server.problems import OPENAI, Problem
-from pyrosome.server.routes import answered, body_of, caller_of, paths, priority_of, salt_of, service_of
+from pyrosome.server.routes import add, answered, body_of, caller_of, paths, priority_of, salt_of, service_of
 from pyrosome.server.service import Service
-from pyrosome.server.shape import Shape, fingerprint, frame
+from pyrosome.server.shape import DONE, KEEP_ALIVE, Shape, fingerprint, frame
 from pyrosome.server.text_request import TextPrompt, TextRequest, text_request
 
 MODE = "text"
-_DONE = b"data: [DONE]\n\n"
 
 
 def router() -> APIRouter:
@@ -40,10 +38,7 @@ def router() -> APIRouter:
         ("/completions", _create, "Continue a text", TEXT_ANSWER),
         ("/completions/render", _render, "Show the ids of a prompt", RENDERED),
     ):
-        for n, path in enumerate(paths(suffix)):
-            routes.add_api_route(
-                path, route, methods=["POST"], include_in_schema=n == 0, summary=summary, **described(TEXT, ok=ok)
-            )
+        add(routes, paths(suffix), route, summary=summary, **described(TEXT, ok=ok))
     return routes
 
 
@@ -157,18 +152,18 @@ class TextShape(Shape):
 
     def still_here(self, here: StillHere) -> list[bytes]:
         """A comment, and an empty piece, since clients' deadlines heed no comments."""
-        return [b": keep-alive\n\n", self._chunk(0, "")]
+        return [KEEP_ALIVE, self._chunk(0, "")]
 
     def end(self) -> list[bytes]:
         """Usage, where it was asked for, and the end."""
         return [
             *([frame({**self._head(), "choices": [], "usage": self._usage()})] if self._wanted.usage else []),
-            _DONE,
+            DONE,
         ]
 
     def failed(self, problem: Problem) -> list[bytes]:
         """An error chunk, and the end."""
-        return [frame(problem.body(OPENAI)), _DONE]
+        return [frame(problem.body(OPENAI)), DONE]
 
     def whole(self) -> dict[str, Any]:
         """The `text_completion`."""
@@ -177,7 +172,7 @@ class TextShape(Shape):
             for number, exchange in enumerate(self._exchanges)
             for n, message in enumerate(exchange.outcome.messages)
         ]
-        return {**self._head(), "choices": choices, "usage": self._usage(), **self._told()}
+        return {**self._head(), "choices": choices, "usage": self._usage(), **self.told()}
 
     def _choice(self, index: int, exchange: Exchange, n: int, message: Message) -> dict[str, Any]:
         text, lists = self._echoed(index) if self._wanted.echo else ("", None)
@@ -209,7 +204,7 @@ class TextShape(Shape):
         self._left -= 1
         ended = self._ended(index, message)
         return self._chunk(
-            index, "", reason=finish_reason(message), ended=ended, told={} if self._left else self._told()
+            index, "", reason=finish_reason(message), ended=ended, told={} if self._left else self.told()
         )
 
     def _chunk(
@@ -248,9 +243,6 @@ class TextShape(Shape):
             "id": self.outcome.id, "object": "text_completion", "created": self.outcome.created,
             "model": self.asked.model, "system_fingerprint": fingerprint(self.outcome),
         }  # fmt: skip
-
-    def _told(self) -> dict[str, Any]:
-        return {"pyrosome": {"mode": self.asked.mode, "seed": self.outcome.seed, **beside(self.outcome)}}
 
     def _usage(self) -> dict[str, Any]:
         each = [e.outcome.usage for e in self._exchanges]

@@ -13,15 +13,24 @@ from pyrosome.chat.prompt import Prompt
 from pyrosome.chat.tokenizer import Tokenizer
 from pyrosome.server.caller import GENERATE
 from pyrosome.server.exchange import Exchange, Said, StillHere
-from pyrosome.server.explain import beside
 from pyrosome.server.logprobs import token_entries
 from pyrosome.server.openai_schema import RENDERED
 from pyrosome.server.openapi import described
 from pyrosome.server.problems import OPENAI, Problem, Refused
 from pyrosome.server.response_items import Entries, Frames, Items, Manner
 from pyrosome.server.responses_schema import RESPONSE, RESPONSES
-from pyrosome.server.routes import answered, body_of, caller_of, chat_exchange, paths, rendered, service_of
-from pyrosome.server.shape import Shape, frame
+from pyrosome.server.routes import (
+    add,
+    answered,
+    body_of,
+    caller_of,
+    chat_exchange,
+    of_one_answer,
+    paths,
+    rendered,
+    service_of,
+)
+from pyrosome.server.shape import Shape, frame, progress_of
 
 _CUT_SHORT = ("length", "repetition")
 
@@ -32,8 +41,7 @@ def router() -> APIRouter:
 
     async def create(request: Request) -> Response:
         caller = await caller_of(request, GENERATE)
-        # This protocol has no words for these in its answer.
-        body = {k: v for k, v in (await body_of(request)).items() if k not in ("n", "prompt_logprobs")}
+        body = of_one_answer(await body_of(request))
         service = service_of(request)
         prompt, exchange = await chat_exchange(request, body, caller, "responses", "resp_")
         shape = ResponsesShape(exchange, prompt, service.chat.tokenizer, official=bool(service.options.compat))
@@ -53,10 +61,7 @@ def router() -> APIRouter:
         ("/responses/render", render, "POST", "Show its prompt", described(RESPONSES, ok=RENDERED)),
         ("/responses/{response_id}", stored, "GET", "None is kept", described({})),
     ):
-        for n, path in enumerate(paths(suffix)):
-            routes.add_api_route(
-                path, route, methods=[method], include_in_schema=n == 0, summary=summary, response_model=None, **about
-            )
+        add(routes, paths(suffix), route, method, summary=summary, response_model=None, **about)
     return routes
 
 
@@ -92,10 +97,8 @@ class ResponsesShape(Shape):
 
     def still_here(self, here: StillHere) -> list[bytes]:
         """That it is in progress, once more, and a comment for people."""
-        progress = here.progress
-        text = f": {progress.computed_tokens} of {progress.prompt_tokens} prompt tokens\n\n" if progress else ""
         now = self._response("in_progress", self._items.done)
-        return [text.encode(), *self._frames([("response.in_progress", {"response": now})])]
+        return [progress_of(here), *self._frames([("response.in_progress", {"response": now})])]
 
     def end(self) -> list[bytes]:
         """Nothing: the last event was the end."""
@@ -156,12 +159,8 @@ class ResponsesShape(Shape):
             "output": list(output),
             "usage": usage_of(self.outcome.usage, official=self._official) if message else None,
             **self._echoed,
-            **self._told(),
+            **({} if self._official else self.told()),
         }
-
-    def _told(self) -> dict[str, Any]:
-        told = {"mode": self.asked.mode, "seed": self.outcome.seed, **beside(self.outcome)}
-        return {} if self._official else {"pyrosome": told}
 
 
 def usage_of(usage: Usage, *, official: bool) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from fastapi import Request
+from fastapi import APIRouter, Request
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse, Response
 
@@ -79,10 +79,17 @@ async def body_of(request: Request) -> dict[str, Any]:
     return await read_json(request, options.max_body_bytes, options.body_s)
 
 
-def paths(*suffixes: str, v1: bool = True) -> list[str]:
+def paths(suffix: str) -> list[str]:
     """A route's path and its aliases: the first is the one in the OpenAPI document."""
-    prefixes = ("/v1", "", "/beta", "/beta/v1") if v1 else ("",)
-    return [p + s for s in suffixes for p in prefixes]
+    return [prefix + suffix for prefix in ("/v1", "", "/beta", "/beta/v1")]
+
+
+def add(
+    routes: APIRouter, aliases: Sequence[str], route: Callable[..., Any], method: str = "POST", **about: Any
+) -> None:
+    """One route at several paths; the first is the one in the OpenAPI document, as `about` describes it."""
+    for n, path in enumerate(aliases):
+        routes.add_api_route(path, route, methods=[method], include_in_schema=n == 0, **about)
 
 
 def params_of(service: Service, prompt: Prompt, body: dict[str, Any]) -> SamplingParams:
@@ -113,6 +120,11 @@ def check_stops(stops: Sequence[str]) -> None:
     """
     if (longest := max(map(len, stops), default=0)) > LONGEST_STOP:
         raise Refused(400, f"stop holds a string of {longest:,} characters; up to {LONGEST_STOP:,} are looked for")
+
+
+def of_one_answer(body: dict[str, Any]) -> dict[str, Any]:
+    """The body without several answers and a prompt's log probabilities, which not every protocol has words for."""
+    return {k: v for k, v in body.items() if k not in ("n", "prompt_logprobs")}
 
 
 def thinking_budget(body: dict[str, Any]) -> int | None:
@@ -230,9 +242,6 @@ async def rendered(
             "salt": bool(caller.salt),
         }
     )
-
-
-Make = Callable[[Exchange], Shape]
 
 
 def must_be_bool(body: dict[str, Any], name: str) -> bool:

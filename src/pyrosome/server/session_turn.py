@@ -6,6 +6,7 @@ request may be sent again.  What was computed of it is found again then.
 
 from __future__ import annotations
 
+import abc
 import asyncio
 import dataclasses
 from collections.abc import AsyncIterator
@@ -21,7 +22,7 @@ from pyrosome.server.session_store import Conversation
 from pyrosome.session import common_prefix
 
 
-class Turn(Exchange):
+class Turn(Exchange, abc.ABC):
     """Nothing else is done in its session until it has ended.
 
     Args:
@@ -56,8 +57,9 @@ class Turn(Exchange):
         finally:
             self._hold.release()
 
+    @abc.abstractmethod
     def _keep(self) -> None:
-        raise NotImplementedError
+        """Make what was said part of the session."""
 
 
 class ChatTurn(Turn):

@@ -23,7 +23,7 @@ from pyrosome.server.openai_chat import ChatShape, chat_form
 from pyrosome.server.openai_text import MODE, TextShape
 from pyrosome.server.openapi import described
 from pyrosome.server.problems import Refused
-from pyrosome.server.routes import answered, body_of, caller_of, chat_asked, priority_of, service_of
+from pyrosome.server.routes import add, answered, body_of, caller_of, chat_asked, priority_of, service_of
 from pyrosome.server.session_files import TYPE, Download, receive_file
 from pyrosome.server.session_state import ID_BYTES, Hold, Session, json_bytes
 from pyrosome.server.session_store import CHAT, TEXT, Conversation
@@ -67,10 +67,7 @@ def router() -> APIRouter:
         statuses = _GENERATING if route is _generate else _STATUSES
         errors = described({}, statuses=statuses)["responses"]
         about = {**about, "responses": {**errors, 200: about["responses"][200]}}
-        for n, prefix in enumerate(("/v1", "")):
-            routes.add_api_route(
-                prefix + path, route, methods=[method], include_in_schema=n == 0, summary=summary, **about
-            )
+        add(routes, ("/v1" + path, path), route, method, summary=summary, **about)
     return routes
 
 

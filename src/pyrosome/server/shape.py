@@ -10,8 +10,11 @@ from typing import Any
 import msgspec
 
 from pyrosome.server.exchange import Exchange, Outcome, Said, StillHere
+from pyrosome.server.explain import beside
 from pyrosome.server.problems import Problem
 
+DONE = b"data: [DONE]\n\n"  # the end of OpenAI's streams, but for responses
+KEEP_ALIVE = b": keep-alive\n\n"
 _encoder = msgspec.json.Encoder()
 
 
@@ -48,7 +51,7 @@ class Shape(abc.ABC):
 
     def still_here(self, here: StillHere) -> list[bytes]:
         """A sign of life while nothing is said."""
-        return [b": keep-alive\n\n"]
+        return [KEEP_ALIVE]
 
     @abc.abstractmethod
     def end(self) -> list[bytes]:
@@ -61,6 +64,16 @@ class Shape(abc.ABC):
     @abc.abstractmethod
     def whole(self) -> dict[str, Any]:
         """The answer in one piece."""
+
+    def told(self) -> dict[str, Any]:
+        """What is told beside the protocol's own words: the effective mode and seed, and the cache to who asked."""
+        return {"pyrosome": {"mode": self.asked.mode, "seed": self.outcome.seed, **beside(self.outcome)}}
+
+
+def progress_of(here: StillHere) -> bytes:
+    """How far the prompt is, as a comment for people; nothing where that is not known."""
+    progress = here.progress
+    return f": {progress.computed_tokens} of {progress.prompt_tokens} prompt tokens\n\n".encode() if progress else b""
 
 
 def fingerprint(outcome: Outcome) -> str:

@@ -15,6 +15,16 @@ from pyrosome.server.keys.store import Store
 STARTED = 1_700_000_000.0  # 2023-11-14
 
 
+class Clock:
+    """A clock that stands still until it is moved."""
+
+    def __init__(self, now):
+        self.now = now
+
+    def __call__(self):
+        return self.now
+
+
 def entry(request="r1", *, started=STARTED, prompt=100, cached=40, output=10, first_ms=5.0, **changes):
     fields = {"path": "/v1/chat/completions", "model": "builtin:nano", "mode": "high", "status": "stop"} | changes
     usage = Usage(prompt, output, 4, cached)

@@ -21,20 +21,12 @@ from pyrosome.server.keys.records import Limits
 from pyrosome.server.keys.store import Store, open_store
 from pyrosome.server.keys.usage import Slice, sums
 from pyrosome.server.problems import Refused
-from tests.server.keys.lines import STARTED, entry
-
-
-class Clock:
-    def __init__(self):
-        self.now = STARTED
-
-    def __call__(self):
-        return self.now
+from tests.server.keys.lines import STARTED, Clock, entry
 
 
 @pytest.fixture
 def clock():
-    return Clock()
+    return Clock(STARTED)
 
 
 @pytest.fixture

@@ -10,21 +10,14 @@ from hypothesis import strategies as st
 from pyrosome.server.keys.limits import MERGED_S, MINUTE_S, SPENT_S, SWEEP_EVERY, Level, Meters, Window
 from pyrosome.server.keys.records import Limits
 from pyrosome.server.problems import Refused
+from tests.server.keys.lines import Clock
 
 MONTH = "2030-01"
 
 
-class Clock:
-    def __init__(self):
-        self.now = 1000.0
-
-    def __call__(self):
-        return self.now
-
-
 @pytest.fixture
 def clock():
-    return Clock()
+    return Clock(1000.0)
 
 
 @pytest.fixture
