@@ -1,0 +1,32 @@
+"""Where this package keeps what outlives a process: keys and sessions, calibrations, how good plans were."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from pyrosome.errors import RequestError
+
+
+def state_home() -> Path:
+    """`$XDG_STATE_HOME/pyrosome`, else `~/.local/state/pyrosome`; it need not be there."""
+    home = os.environ.get("XDG_STATE_HOME", "")
+    base = Path(home) if os.path.isabs(home) else Path.home() / ".local" / "state"
+    return base / "pyrosome"
+
+
+def private_folder(folder: Path) -> Path:
+    """The folder, made where it is not there; nobody but its owner may look into it.
+
+    Raises:
+        RequestError: it cannot be made, or is another user's.
+    """
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if folder.stat().st_mode & 0o077:
+            folder.chmod(0o700)
+    except OSError as error:
+        raise RequestError(
+            f"the state folder {folder} cannot be used: {error.strerror or error}; name another with state_path"
+        ) from None
+    return folder

@@ -1,0 +1,1 @@
+"""Fetching checkpoints: resumable, checked, and planned before the first gigabyte."""

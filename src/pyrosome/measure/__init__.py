@@ -1,0 +1,1 @@
+"""What this machine reaches: the figures that plans are calibrated with."""
