@@ -10,8 +10,9 @@ import pytest
 
 from pyrosome.checkpoint.index import open_checkpoint
 from pyrosome.checkpoint.names import official_bytes
-from pyrosome.cli.inspect import count_parameters, describe
+from pyrosome.cli.inspect import describe
 from pyrosome.config import ModelConfig
+from pyrosome.plan.inventory import count_parameters
 from pyrosome.testing.headers import write_headers
 from pyrosome.testing.shapes import tiny
 from tests.checkpoint.files import copied, rewrite

@@ -13,9 +13,9 @@ from typing import Literal
 
 from pyrosome.config import CSA_RATIO, ModelConfig
 
-Kind = Literal["matrix", "expert", "plain", "vector", "f32", "table"]
+Kind = Literal["matrix", "expert", "plain", "router", "vector", "f32", "table"]
 # matrix: FP8 with .scale, or plain | expert: FP4 or FP8 with .scale, or plain | plain: a matrix never quantised
-# vector: BF16 or F32 | f32: float32 as it is | table: integers
+# router: a plain matrix that is float32 once loaded | vector: BF16 or F32 | f32: float32 as it is | table: integers
 
 IGNORED = ("mtp.0.emb.tok_emb.weight", "mtp.0.head.weight")  # copies of the trunk's embedding and head
 _FLOATS = frozenset({"BF16", "F32", "F16"})
@@ -23,6 +23,7 @@ ALLOWED_DTYPES: dict[Kind, frozenset[str]] = {
     "matrix": _FLOATS | {"F8_E4M3"},
     "expert": _FLOATS | {"F8_E4M3", "I8"},
     "plain": _FLOATS,
+    "router": _FLOATS,
     "vector": _FLOATS,
     "f32": _FLOATS,
     "table": frozenset({"I64", "I32"}),
@@ -92,7 +93,7 @@ def _block(c: ModelConfig, p: str, ratio: int, hashed: bool) -> dict[str, Tensor
         out[f"{a}indexer.weights_proj.weight"] = TensorSpec((heads, D), "plain")
         out |= _compressor(c, f"{a}indexer.compressor.", ratio, dim)
     f = f"{p}ffn."
-    out[f"{f}gate.weight"] = TensorSpec((c.n_routed_experts, D), "plain")
+    out[f"{f}gate.weight"] = TensorSpec((c.n_routed_experts, D), "router")
     if hashed:
         out[f"{f}gate.tid2eid"] = TensorSpec((c.vocab_size, c.num_experts_per_tok), "table")
     else:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
-import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -31,18 +29,6 @@ BRIEF = (
     "max_position_embeddings", "expert_dtype",
 )  # fmt: skip
 FAULTS = ("missing", "unexpected", "wrong_shape", "wrong_dtype")  # each a list of the report, and status 1
-_PARTS = (
-    ("draft head", r"mtp\."),
-    ("routed experts", r".*\.ffn\.experts\."),
-    ("shared expert", r".*\.ffn\.shared_experts\."),
-    ("routers", r".*\.ffn\.gate\."),
-    ("indexer", r".*\.attn\.indexer\."),
-    ("compressors", r".*\.attn\.compressor\."),
-    ("attention", r".*\.attn\."),
-    ("hyper-connections", r"(.*\.)?hc_"),
-    ("embedding and head", r"(embed|head)\."),
-)
-_PART = [(title, re.compile(pattern)) for title, pattern in _PARTS]
 
 
 def inspect(
@@ -66,6 +52,8 @@ def inspect(
 
 def describe(index: CheckpointIndex) -> dict[str, Any]:
     """Everything `inspect` knows about a checkpoint, as plain data.  Sizes are in bytes."""
+    from pyrosome.plan.inventory import count_parameters, part_of
+
     c = index.config
     findings = _findings(index)
     stages = index.num_stages
@@ -77,7 +65,7 @@ def describe(index: CheckpointIndex) -> dict[str, Any]:
         "tensors": len(index.tensors),
         "bytes": index.nbytes,
         "by_dtype": _grouped((t.dtype, t.nbytes) for t in index.tensors.values()),
-        "by_part": _grouped((_part(n), t.nbytes) for n, t in index.tensors.items()),
+        "by_part": _grouped((part_of(n) or "unknown", t.nbytes) for n, t in index.tensors.items()),
         "parameters": count_parameters(c, 0 if findings["problem"] else stages),
         "layers": [{"attention": layer_kind(r), "routing": _route(c, i)} for i, r in enumerate(c.layer_ratios)],
         "draft": _draft(index),
@@ -94,31 +82,6 @@ def _findings(index: CheckpointIndex) -> dict[str, Any]:
     except CheckpointError as error:  # tensors that fit no release: there is no inventory to hold them against
         return {key: [] for key in keys} | {"problem": str(error)}
     return {key: list(getattr(found, key)) for key in keys} | {"problem": ""}
-
-
-def count_parameters(config: ModelConfig, num_stages: int) -> dict[str, int]:
-    """Weights the configuration implies, scales and routing tables not counted, packed ones counted singly.
-
-    `active` is what one token goes through in the trunk: its experts, everything that is shared, the head, and of the
-    embedding nothing, since one row is looked up.
-    """
-    from pyrosome.checkpoint.names import expected_tensors
-
-    totals = {"trunk": 0, "draft": 0, "active": 0}
-    for name, spec in expected_tensors(config, num_stages).items():
-        if spec.kind == "table":
-            continue
-        count = math.prod(spec.shape)
-        if name.startswith("mtp."):
-            totals["draft"] += count
-            continue
-        totals["trunk"] += count
-        if spec.kind == "expert":  # every expert is as large as another
-            totals["active"] += count * config.num_experts_per_tok
-        elif name != "embed.weight":
-            totals["active"] += count * config.n_routed_experts
-    totals["active"] //= config.n_routed_experts
-    return totals
 
 
 def layer_kind(ratio: int) -> str:
@@ -154,10 +117,6 @@ def _kv_bytes(config: ModelConfig, kv_format: str, *, drafts: bool) -> dict[str,
     except CheckpointError as error:
         return {"refused": str(error)}
     return {"per_token": plan.bytes_per_token, "at": {str(n): plan.sequence_bytes(n) for n in contexts}}
-
-
-def _part(name: str) -> str:
-    return next((title for title, pattern in _PART if pattern.match(name)), "norms and the rest")
 
 
 def _grouped(items: Iterator[tuple[str, int]]) -> dict[str, dict[str, int]]:

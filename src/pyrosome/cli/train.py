@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pyrosome.cli.data import RECIPE_HELP, Set, marked_text, num_learnt, samples_of, segments
-from pyrosome.cli.inspect import count_parameters
 from pyrosome.cli.terminal import INTERRUPTED, Screen, Stop, can_style, size
 from pyrosome.errors import RequestError
 
@@ -123,6 +122,8 @@ def _shown(found: Any) -> str:
 
 def describe(recipe: Recipe) -> dict[str, Any]:
     """What a recipe would do, as plain data, with one encoded sample of each kind.  Sizes are in bytes."""
+    from pyrosome.plan.inventory import count_parameters
+
     config, run = recipe.config, recipe.run
     parameters = count_parameters(config, config.num_nextn_predict_layers)
     weights = parameters["trunk"] + parameters["draft"]

@@ -11,16 +11,16 @@ Shape letters: N outputs, K inputs, G groups, B blocks, S strips of 16 outputs, 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from pyrosome.errors import WrongShape
-from pyrosome.quant.formats import FORMATS, QuantTensor, Shape
+from pyrosome.quant.formats import QuantTensor, Shape
+from pyrosome.tiling import CODE_BYTES, GROUP, STRIP, group_bytes, tiles
+from pyrosome.tiling import TILE as TILE
+from pyrosome.tiling import tiled_bytes as tiled_bytes
 
-TILE, STRIP = 64, 16  # outputs
-GROUP = {"fp4": 32, "fp8": 128}  # inputs that share a scale
 _BLOCK_BYTES = 4  # of one output in a block
 _ONE = 127  # the E8M0 byte of 1
 
@@ -65,11 +65,6 @@ class TiledWeight(QuantTensor):
         return untile(self).to(device)
 
 
-def tiled_bytes(kind: str, num_rows: int, num_inputs: int) -> int:
-    """Bytes of a matrix in tiles."""
-    return sum(strips * _group_bytes(kind) for _, _, strips in _tiles(num_rows)) * -(-num_inputs // GROUP[kind])
-
-
 def tile(weight: QuantTensor, parts: int = 1) -> TiledWeight:
     """The matrices of a weight in tiles.  Plain torch: the definition that `ops.native.tile` is held to."""
     (*lead, N, K), group = weight.shape, GROUP[weight.format]
@@ -80,9 +75,9 @@ def tile(weight: QuantTensor, parts: int = 1) -> TiledWeight:
     codes = weight.data.view(torch.uint8)
     outs = []
     for part in range(parts):
-        for first, count, strips in _tiles(rows):
+        for first, count, strips in tiles(rows):
             at = slice(part * rows + first, part * rows + first + count)
-            code = codes.new_zeros(*lead, strips * STRIP, num_groups * _bytes_of_a_group(weight.format))
+            code = codes.new_zeros(*lead, strips * STRIP, num_groups * CODE_BYTES[weight.format])
             code[..., :count, : codes.shape[-1]] = codes[..., at, :]
             scale = torch.full((*lead, strips * STRIP, num_groups), _ONE, dtype=torch.uint8)
             scale[..., :count, :] = scale_rows[..., at, :]
@@ -101,8 +96,8 @@ def untile(weight: TiledWeight) -> QuantTensor:
     rows, num_groups = N // weight.parts, -(-K // GROUP[kind])
     codes, scales, begin = [], [], 0
     for _ in range(weight.parts):
-        for _, count, strips in _tiles(rows):
-            size = strips * _group_bytes(kind)
+        for _, count, strips in tiles(rows):
+            size = strips * group_bytes(kind)
             groups = weight.data[..., begin : begin + num_groups * size].unflatten(-1, (num_groups, size))
             begin += num_groups * size
             laid, scale = groups[..., : -strips * STRIP], groups[..., -strips * STRIP :]
@@ -117,23 +112,6 @@ def untile(weight: TiledWeight) -> QuantTensor:
         scale = scale[..., ::128, :]
     dtype = torch.int8 if kind == "fp4" else torch.float8_e4m3fn
     return QuantTensor(kind, data.view(dtype), scale.contiguous().view(torch.float8_e8m0fnu))
-
-
-def _tiles(num_rows: int) -> Iterator[tuple[int, int, int]]:
-    """(first row, rows, strips of 16) of every tile."""
-    for first in range(0, num_rows, TILE):
-        count = min(TILE, num_rows - first)
-        yield first, count, 4 if count > 32 else 2
-
-
-def _bytes_of_a_group(kind: str) -> int:
-    """Of one output's codes."""
-    return GROUP[kind] // FORMATS[kind].values_per_element  # type: ignore[attr-defined,no-any-return]
-
-
-def _group_bytes(kind: str) -> int:
-    """Of one strip's codes and scales."""
-    return STRIP * (_bytes_of_a_group(kind) + 1)
 
 
 # Where each byte of a block comes from.  FP4: a lane's 16-bit halves take the odd and the even inputs, four nibbles
