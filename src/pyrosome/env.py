@@ -24,5 +24,6 @@ OPS = Variable(
 )
 LOG = Variable("PYROSOME_LOG", "WARNING", "level of log lines: DEBUG, INFO, WARNING or ERROR")
 CPU = Variable("PYROSOME_CPU", "auto", "vector instructions of native kernels: auto, portable, avx2 or avx512")
+OFFLINE = Variable("PYROSOME_OFFLINE", "0", "1: as `pyrosome --offline`, no connection to another machine is opened")
 RANK = Variable("RANK", "", "number of this process among several, as launchers set it; begins its log lines")
-ALL = (OPS, CPU, LOG, RANK)
+ALL = (OPS, CPU, LOG, OFFLINE, RANK)

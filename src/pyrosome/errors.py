@@ -14,6 +14,7 @@ PyrosomeError
 │   ├── UnknownSession       an id that the engine has no session of
 │   ├── SessionBusy          a session in which a request is generating
 │   └── chat.InvalidRequest  a body the official API refuses; has its status and body
+├── FetchError               a hub or mirror did not give what was asked; what it gave is kept
 ├── TrainError               a training run cannot go on as it is; its last good state is kept
 └── EngineError              we must fix it; a server answers 500
     └── CacheInvariantBroken
@@ -92,6 +93,10 @@ class UnknownSession(RequestError):
 
 class SessionBusy(RequestError):
     """A request is generating in the session, which can do nothing else meanwhile."""
+
+
+class FetchError(PyrosomeError):
+    """A hub or mirror cannot be reached, refuses, or gives other bytes than it lists; what is sound is kept."""
 
 
 class TrainError(PyrosomeError):

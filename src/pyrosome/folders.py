@@ -1,4 +1,4 @@
-"""Where this package keeps what outlives a process: keys and sessions, calibrations, how good plans were."""
+"""Where this package keeps what outlives a process: keys and sessions, calibrations, how good plans were, models."""
 
 from __future__ import annotations
 
@@ -13,6 +13,13 @@ def state_home() -> Path:
     home = os.environ.get("XDG_STATE_HOME", "")
     base = Path(home) if os.path.isabs(home) else Path.home() / ".local" / "state"
     return base / "pyrosome"
+
+
+def models_home() -> Path:
+    """`$XDG_DATA_HOME/pyrosome/models`, else `~/.local/share/pyrosome/models`; it need not be there."""
+    home = os.environ.get("XDG_DATA_HOME", "")
+    base = Path(home) if os.path.isabs(home) else Path.home() / ".local" / "share"
+    return base / "pyrosome" / "models"
 
 
 def private_folder(folder: Path) -> Path:

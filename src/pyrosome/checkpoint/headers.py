@@ -17,7 +17,7 @@ from pyrosome.checkpoint.names import DTYPE_BYTES
 from pyrosome.errors import CheckpointError, MissingTensor, TruncatedFile, UnsupportedFormat
 
 MAX_HEADER_BYTES = 1 << 30
-_PREFIX_BYTES = 8
+PREFIX_BYTES = 8  # the header's length, little-endian
 _AGAIN = "download this file again"
 
 
@@ -48,25 +48,44 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     try:
         file_bytes = os.stat(path).st_size
         with open(path, "rb") as f:
-            length = int.from_bytes(prefix := f.read(_PREFIX_BYTES), "little")
-            if len(prefix) < _PREFIX_BYTES or not 0 < length <= MAX_HEADER_BYTES:
-                raise CheckpointError(f"{path} says its header has {length} bytes: not a .safetensors file; {_AGAIN}")
-            if _PREFIX_BYTES + length > file_bytes:
-                raise TruncatedFile(
-                    f"{path} has {file_bytes} bytes and its header alone needs {_PREFIX_BYTES + length}; {_AGAIN}"
-                )
+            length = header_bytes(path, f.read(PREFIX_BYTES), file_bytes)
             raw = f.read(length)
     except FileNotFoundError:
         raise MissingTensor(f"shard {path.name} is not in {path.parent}; {_AGAIN}") from None
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
+    return parse_header(path, raw, file_bytes)
+
+
+def header_bytes(path: Path, prefix: bytes, file_bytes: int) -> int:
+    """Length of the header that a file of `file_bytes` says it has in its first PREFIX_BYTES; `path` is for messages.
+
+    Raises:
+        TruncatedFile, CheckpointError: as `read_header`.
+    """
+    length = int.from_bytes(prefix, "little")
+    if len(prefix) < PREFIX_BYTES or not 0 < length <= MAX_HEADER_BYTES:
+        raise CheckpointError(f"{path} says its header has {length} bytes: not a .safetensors file; {_AGAIN}")
+    if PREFIX_BYTES + length > file_bytes:
+        raise TruncatedFile(
+            f"{path} has {file_bytes} bytes and its header alone needs {PREFIX_BYTES + length}; {_AGAIN}"
+        )
+    return length
+
+
+def parse_header(path: Path, raw: bytes, file_bytes: int) -> dict[str, TensorInfo]:
+    """As `read_header`, from a header's bytes, which need not lie on this machine.
+
+    Raises:
+        TruncatedFile, UnsupportedFormat, CheckpointError: as `read_header`.
+    """
     try:
         entries = json.loads(raw)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"the header of {path} is not JSON ({error}); {_AGAIN}") from None
     if not isinstance(entries, dict):
         raise CheckpointError(f"the header of {path} is not an object; {_AGAIN}")
-    start = _PREFIX_BYTES + length
+    start = PREFIX_BYTES + len(raw)
     tensors = {n: _entry(path, n, e, start) for n, e in entries.items() if n != "__metadata__"}
     needed = max((t.end for t in tensors.values()), default=start)
     if needed > file_bytes:

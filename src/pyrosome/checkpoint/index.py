@@ -7,6 +7,7 @@ import functools
 import json
 import math
 import re
+from collections.abc import Callable, Mapping
 from importlib import resources
 from pathlib import Path
 
@@ -14,9 +15,13 @@ from pyrosome.checkpoint.headers import TensorInfo, read_header
 from pyrosome.checkpoint.names import ALLOWED_DTYPES, IGNORED, TensorSpec, expected_tensors, scale_name
 from pyrosome.config import ModelConfig
 from pyrosome.errors import CheckpointError, MissingTensor, UnsupportedFormat, WrongShape
+from pyrosome.folders import models_home
 
 INDEX_NAME = "model.safetensors.index.json"
 BUILTIN = "builtin:"
+REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)  # owner/name, as a hub calls repositories
+RECORD_NAME = ".pull.json"  # beside what `pyrosome pull` fetches
+SUMS_NAME = "SHA256SUMS"  # there once everything is
 _LISTED = 8  # names of each sort in a message
 
 
@@ -157,9 +162,23 @@ def open_checkpoint(path_or_name: str | Path) -> CheckpointIndex:
     directory = path if path.is_dir() else path.parent
     config = ModelConfig.from_json(directory / "config.json")
     shards = _shards(directory) if path.is_dir() else {path: None}
+    return gathered(directory, config, shards, read_header)
+
+
+def gathered(
+    directory: Path,
+    config: ModelConfig,
+    shards: Mapping[Path, set[str] | None],
+    header_of: Callable[[Path], dict[str, TensorInfo]],
+) -> CheckpointIndex:
+    """One index of several shards, each with the tensors it should hold (None: whatever it holds).
+
+    Raises:
+        MissingTensor, CheckpointError: a tensor is not in its shard, or is in two.
+    """
     tensors: dict[str, TensorInfo] = {}
     for shard, listed in shards.items():
-        header = read_header(shard)
+        header = header_of(shard)
         if listed is not None and (absent := listed - header.keys()):
             raise MissingTensor(
                 f"{INDEX_NAME} places {_some(absent)} in {shard.name}, which does not hold them; download both again"
@@ -186,12 +205,27 @@ def _locate(path_or_name: str | Path) -> Path:
         return root / name.removeprefix(BUILTIN)
     path = Path(path_or_name).expanduser()
     if not path.exists():
-        raise CheckpointError(
-            f"{path} does not exist; give the directory of a checkpoint, a single .safetensors file, or builtin:nano"
-        )
+        return _pulled(name)
     if path.is_file() and path.suffix != ".safetensors":
         raise CheckpointError(f"{path} is not a .safetensors file; give that file, or its directory")
     return path
+
+
+def _pulled(name: str) -> Path:
+    """Where `pyrosome pull` puts a repository by default, if it has been pulled whole."""
+    if not REPO.fullmatch(name):
+        raise CheckpointError(
+            f"{name} does not exist; give the directory of a checkpoint, a single .safetensors file, or builtin:nano"
+        )
+    path = models_home() / name
+    if (path / SUMS_NAME).exists():
+        return path
+    if (path / RECORD_NAME).exists():
+        raise CheckpointError(f"{name} was pulled in part to {path}; `pyrosome pull {name}` goes on where it ended")
+    raise CheckpointError(
+        f"{name} does not exist here and was not pulled to {path}; `pyrosome pull {name}` fetches a repository of "
+        "that name; else give the directory of a checkpoint, a single .safetensors file, or builtin:nano"
+    )
 
 
 def _shards(directory: Path) -> dict[Path, set[str] | None]:
@@ -206,27 +240,41 @@ def _shards(directory: Path) -> dict[Path, set[str] | None]:
             "is needed: download it"
         )
     try:
-        listing = json.loads(index.read_text(encoding="utf-8"))
+        text = index.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{index} has no usable weight_map ({error}); download it again") from None
+    # A path is resolved once per file, not once per tensor: V4-Flash-0731 has 72,317 of them.
+    return {_inside(directory, file): names for file, names in parse_weight_map(text, str(index)).items()}
+
+
+def parse_weight_map(text: str, source: str) -> dict[str, set[str]]:
+    """The tensors of each shard, from the text of an index; `source` begins messages.
+
+    Raises:
+        CheckpointError: it is no index, or names as a shard what is not a .safetensors file right beside it.
+    """
+    try:
+        listing = json.loads(text)
         weight_map = listing["weight_map"]
         entries = {str(k): str(v) for k, v in weight_map.items() if isinstance(v, str)}
         if len(entries) != len(weight_map) or not entries:
             raise TypeError("weight_map must name a file for every tensor")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{index} has no usable weight_map ({error}); download it again") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{source} has no usable weight_map ({error}); download it again") from None
     listed: dict[str, set[str]] = {}
     for name, file in entries.items():
         listed.setdefault(file, set()).add(name)
-    # A path is resolved once per file, not once per tensor: V4-Flash-0731 has 72,317 of them.
-    return {_inside(directory, file): names for file, names in listed.items()}
+    for file in listed:
+        if Path(file).name != file or not file.endswith(".safetensors"):
+            raise CheckpointError(
+                f"{source} names {file!r} as a shard; shards are .safetensors files beside it, so this index is broken "
+                "(one that points at itself, elsewhere or nowhere); download it again"
+            )
+    return listed
 
 
 def _inside(directory: Path, file: str) -> Path:
-    """A shard's path, which must be a .safetensors file right inside the checkpoint."""
-    if Path(file).name != file or not file.endswith(".safetensors"):
-        raise CheckpointError(
-            f"{INDEX_NAME} names {file!r} as a shard; shards are .safetensors files beside it, so this index is broken "
-            "(one that points at itself, elsewhere or nowhere); download it again"
-        )
+    """A shard's path, which must be a file inside the checkpoint."""
     path = directory / file
     try:
         regular = path.resolve(strict=True).is_file()
