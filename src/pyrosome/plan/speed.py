@@ -1,30 +1,51 @@
-"""How long a step takes: for each part of it, the slower of reading its bytes and computing, then what layers cost.
+"""How long a step takes: its parts, each by what it reads and computes, then what layers, links and offloading cost.
 
-    step = sum over parts of max(bytes / (bandwidth x read), FLOPs / (peak x compute)) + layers x layer_s + links
+    step = sum over parts of (bytes / read and FLOPs / rate) + layers x (layer_s + tokens x token_s) + step_s + links
 
+Reading and computing go on at once on a GPU, so that the slower of them counts; one core does one after the other.
 Source: planner.md section 3 (its formula, taken part by part) and model.md section 12 for FLOPs.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
-from pyrosome.plan.hardware import Machine
+from pyrosome.cache.streams import kv_row_bytes
+from pyrosome.config import CSA_RATIO
+from pyrosome.errors import PlanError
+from pyrosome.plan import assumed
+from pyrosome.plan.hardware import Device, Machine
 from pyrosome.plan.inventory import Model
 from pyrosome.plan.layout import Layout, Placement
+from pyrosome.plan.work import Load as Load
+from pyrosome.plan.work import Work, weights_of, work_of
+
+ACTIVATION_BYTES = 2  # of what devices send one another, bfloat16
+FEW_TOKENS = 16  # of a span: up to so many, a step decodes or verifies and passes the ranks of a pipeline one by one
+SAMPLES = 16  # steps of a long prompt that are computed; those between them lie on straight lines
 
 
 @dataclasses.dataclass(frozen=True)
 class Coefficients:
-    """What is reached of the maker's peaks: assumed for a kind of device, or fitted on this one."""
+    """What a device reaches, in units per second: assumed shares of the maker's peaks, or fitted on this machine."""
 
-    read: float  # share of memory bandwidth that weights stream at
-    compute: dict[str, float]  # share of the peak by part: "linear", "experts", "attention", "indexer", "head"
+    read: float  # bytes per second that weights stream at
+    rows: float  # bytes per second that cached rows and activations are read at
+    compute: Mapping[str, float]  # FLOPs per second by kind of arithmetic: `work.GROUPS`
     layer_s: float  # what a layer costs beside its bytes and FLOPs
+    token_s: float  # what a token costs in a layer beside them
     step_s: float  # what a step costs beside its layers
-    link: float  # share of a link's bandwidth
+    link: float  # share of a link's bandwidth that is reached
+    hop_s: float  # what a message between devices costs beside its bytes
+    overlaps: bool  # reading goes on while it computes
     band: tuple[float, float]  # what times lie between, as factors
     source: str
+
+    def seconds(self, work: Work) -> tuple[float, float]:
+        """(reading, computing) of one part."""
+        flops_s = self.compute[work.group]
+        return work.weight_bytes / self.read + work.row_bytes / self.rows, work.flops / flops_s if work.flops else 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,19 +57,193 @@ class StepTime:
     limit: str  # the part and the resource that take longest
 
 
-@dataclasses.dataclass(frozen=True)
-class Load:
-    """One step: `tokens` of each of `sequences` spans, which stand at `context` tokens."""
+def coefficients_for(machine: Machine) -> Coefficients:
+    """What was fitted on this machine, where the plan is for it and it was calibrated; else what is assumed.
 
-    sequences: int
-    tokens: int  # 1: decoding
-    context: int
-    kv_format: str = "fp8"
-    with_head: bool = True
+    Raises:
+        PlanError: a device of unknown bandwidth or arithmetic.
+    """
+    return _assumed(machine.device)
+
+
+def _assumed(device: Device) -> Coefficients:
+    shares = assumed.SHARES[device.kind]
+    if not device.read_bytes_s > 0:
+        raise PlanError(f"{device.title}: its memory bandwidth is unknown, so nothing can be said of its speed")
+    compute = {group: share * _peak(device, group) for group, share in shares.compute.items()}
+    return Coefficients(
+        read=shares.read * device.read_bytes_s, rows=shares.rows * device.read_bytes_s, compute=compute,
+        layer_s=shares.layer_s, token_s=shares.token_s, step_s=shares.step_s, link=shares.link,
+        hop_s=shares.hop_s if device.peer_bytes_s else shares.far_hop_s, overlaps=shares.overlaps, band=assumed.BAND,
+        source=f"{device.title}: {shares.source}",
+    )  # fmt: skip
+
+
+def _peak(device: Device, group: str) -> float:
+    """FLOPs per second of the type that a kind of arithmetic runs in."""
+    for kind in assumed.TYPES[group]:
+        if device.flops.get(kind, 0) > 0:
+            return device.flops[kind]
+    raise PlanError(
+        f"{device.title}: of the types {', '.join(assumed.TYPES[group])} its table has no rate, and {group} need one"
+    )
 
 
 def step_time(
     model: Model, machine: Machine, layout: Layout, placement: Placement, load: Load, coefficients: Coefficients
 ) -> StepTime:
-    """Seconds of one step of the whole deployment."""
-    raise NotImplementedError
+    """Seconds of one step of the whole deployment.
+
+    Raises:
+        PlanError: experts are placed where this machine has no way to.
+    """
+    c = coefficients
+    parts: dict[str, float] = {}
+    limits: dict[str, str] = {}
+    for work in work_of(model, layout, load):
+        if work.part == "routed experts":
+            parts |= _experts(work, machine, placement, c, limits)
+            continue
+        read, compute = c.seconds(work)
+        _add(parts, limits, work.part, max(read, compute) if c.overlaps else read + compute, read >= compute)
+    for name, seconds in _beside(model, machine, layout, placement, load, c).items():
+        if seconds:
+            parts[name] = seconds
+    if load.tokens > FEW_TOKENS:  # steps of a prompt follow one another through the pipeline
+        parts = {name: seconds / layout.layers for name, seconds in parts.items()}
+    longest = max(parts, key=lambda name: parts[name])
+    return StepTime(sum(parts.values()), parts, f"{limits.get(longest, 'overhead')}: {longest}")
+
+
+def _add(parts: dict[str, float], limits: dict[str, str], part: str, seconds: float, is_read: bool) -> None:
+    parts[part] = parts.get(part, 0.0) + seconds
+    limits[part] = "memory bandwidth" if is_read else "arithmetic"
+
+
+def _experts(
+    work: Work, machine: Machine, placement: Placement, c: Coefficients, limits: dict[str, str]
+) -> dict[str, float]:
+    """Routed experts, by where they are.  Those in host memory go by the faster way, which their name tells."""
+    parts: dict[str, float] = {}
+    in_ram = 0.0 if machine.device.kind == "cpu" else placement.experts_in_ram  # a CPU's own memory is that
+    near, far = 1 - in_ram - placement.experts_on_nvme, placement.experts_on_nvme
+    read, compute = (near * s for s in c.seconds(work))
+    if near > 0:
+        seconds = max(read, compute) if c.overlaps else read + compute
+        _add(parts, limits, "routed experts", seconds, read >= compute)
+    if in_ram:
+        name, seconds = _from_ram(work, machine, in_ram, c)
+        parts[name], limits[name] = seconds, "host link" if "link" in name else "host memory and processor"
+    if far:
+        if not machine.nvme_read_bytes_s > 0:
+            raise PlanError("experts are placed on NVMe, and this machine has none; give --nvme, or more RAM")
+        name = "routed experts from NVMe"
+        parts[name], limits[name] = far * work.weight_bytes / machine.nvme_read_bytes_s, "NVMe"
+    return parts
+
+
+def _from_ram(work: Work, machine: Machine, share: float, c: Coefficients) -> tuple[str, float]:
+    ways: dict[str, float] = {}
+    if machine.device.host_bytes_s > 0:
+        moved = share * work.weight_bytes / (machine.device.host_bytes_s * c.link)
+        ways["routed experts over the host link"] = moved + share * c.seconds(work)[1]
+    if machine.host is not None:  # it serves all devices
+        host = _assumed(machine.host)
+        all_of_it = dataclasses.replace(
+            work, weight_bytes=machine.count * share * work.weight_bytes, flops=machine.count * share * work.flops
+        )
+        ways["routed experts by the host's processor"] = max(host.seconds(all_of_it))
+    if not ways:
+        raise PlanError("experts are placed in RAM, and this machine has neither a link to it nor a host processor")
+    name = min(ways, key=lambda way: ways[way])
+    return name, ways[name]
+
+
+def _beside(
+    model: Model, machine: Machine, layout: Layout, placement: Placement, load: Load, c: Coefficients
+) -> dict[str, float]:
+    """What is neither read from the device's memory nor computed there."""
+    layers = model.config.num_hidden_layers
+    own = -(-load.sequences // (layout.replicas * layout.layers))
+    per_layer = c.layer_s + own * load.tokens * c.token_s
+    found = {"layers": layers * per_layer, "step": c.step_s}
+    if load.drafts:
+        found["draft head, overhead"] = load.drafts * (weights_of(model).draft_layers * per_layer + c.step_s / 2)
+    found["links"] = _links(model, machine, layout, own * load.tokens, c)
+    if placement.csa_on_host:
+        found["CSA rows over the host link"] = _host_rows(model, machine, load, own, c)
+    return found
+
+
+def _links(model: Model, machine: Machine, layout: Layout, T: int, c: Coefficients) -> float:
+    """Seconds in which devices wait for one another: messages, and the bytes of T tokens."""
+    config, n = model.config, layout.ranks
+    if n == 1 or layout.mode == "dp":
+        return 0.0
+    bandwidth = (machine.device.peer_bytes_s or machine.device.host_bytes_s) * c.link
+    if not bandwidth > 0:
+        raise PlanError(f"{machine.device.title}: no link between devices is known, and mode {layout.mode} needs one")
+    row = T * config.hidden_size * ACTIVATION_BYTES
+    if layout.layers > 1:
+        return (n - 1) * (c.hop_s + config.hc_mult * row / bandwidth)
+    outside = (n - 1) / n  # of what is sent, the share that does not stay
+    if layout.tensor > 1:
+        each = 2 * outside * row  # an all-reduce; attention and experts have one each
+        return config.num_hidden_layers * 2 * (c.hop_s + each / bandwidth)
+    sent = outside * row * config.num_experts_per_tok * 2  # to the experts and back
+    if layout.context > 1:  # partial attention of every head is merged
+        sent += outside * T * config.num_attention_heads * config.head_dim * ACTIVATION_BYTES
+    return config.num_hidden_layers * (2 + (layout.context > 1)) * c.hop_s + config.num_hidden_layers * sent / bandwidth
+
+
+def _host_rows(model: Model, machine: Machine, load: Load, own: int, c: Coefficients) -> float:
+    """CSA rows that stay in host memory: those chosen are read over the link, row by row."""
+    config = model.config
+    if not machine.device.host_bytes_s > 0:
+        raise PlanError(f"{machine.device.title}: CSA rows are placed on the host, and no link to it is known")
+    layers = sum(r == CSA_RATIO for r in config.layer_ratios)
+    chosen = min(config.index_topk, (load.context + load.tokens) / CSA_RATIO)
+    moved = own * load.tokens * layers * chosen * kv_row_bytes(config, load.kv_format)
+    return moved / (machine.device.host_bytes_s * c.link)
+
+
+def prompt_time(
+    model: Model,
+    machine: Machine,
+    layout: Layout,
+    placement: Placement,
+    tokens: int,
+    coefficients: Coefficients,
+    *,
+    cached: int = 0,
+    step_tokens: int = 8192,
+    kv_format: str = "fp8",
+) -> StepTime:
+    """Seconds until a prompt of `tokens` beyond `cached` ones is computed, in steps of `step_tokens`; and of what."""
+    whole, rest = divmod(tokens, step_tokens)
+    parts: dict[str, float] = {}
+    seconds, limit = 0.0, ""
+
+    def add(at: int, count: int, times: float) -> None:
+        nonlocal seconds, limit
+        load = Load(1, count, at, kv_format, with_head=at + count >= cached + tokens)
+        step = step_time(model, machine, layout, placement, load, coefficients)
+        seconds, limit = seconds + times * step.seconds, step.limit
+        for name, s in step.parts.items():
+            parts[name] = parts.get(name, 0.0) + times * s
+
+    groups = min(whole, SAMPLES)
+    for i in range(groups):  # the step in the middle of each group stands for it
+        low, high = whole * i // groups, whole * (i + 1) // groups
+        add(cached + (low + high - 1) * step_tokens // 2, step_tokens, high - low)
+    if rest or not whole:
+        add(cached + whole * step_tokens, max(rest, 1), 1)
+    if parts:
+        limit = _longest(parts, limit)
+    return StepTime(seconds, parts, limit)
+
+
+def _longest(parts: dict[str, float], last: str) -> str:
+    """The last step's limit where it is the whole prompt's; else the part that took longest."""
+    longest = max(parts, key=lambda name: parts[name])
+    return last if last.endswith(f": {longest}") else f"arithmetic: {longest}"
