@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from pyrosome.cache.pool import CachePool
+from pyrosome.cache.streams import FP8_INDEX, check_kv_format, layer_streams, plan_cache
 from pyrosome.checkpoint.names import expected_tensors, official_bytes
 from pyrosome.config import ModelConfig
 from pyrosome.errors import CheckpointError, PlanError, RequestError
@@ -170,3 +172,33 @@ def test_a_checkpoint_with_a_tensor_missing_is_refused(tmp_path):
     )
     with pytest.raises(CheckpointError, match="missing: layers"):
         Model.open(str(path))
+
+
+# planner.md section 2: (whole sequence, a CSA layer, an HCA layer) at 1,048,576 tokens.
+KV_BYTES = {
+    "bf16": (7_232_045_056, 335_757_312, 9_043_968),
+    FP8_INDEX: (4_052_700_160, 187_851_776, 5_383_168),
+    "fp8": (3_700_378_624, 171_074_560, 5_383_168),
+}
+
+
+@pytest.mark.parametrize("kv_format", KV_BYTES)
+def test_history_of_a_million_tokens_takes_the_published_bytes(kv_format):
+    tokens = 1 << 20
+    layers = [
+        sum(
+            s.row_bytes * (tokens // s.per_tokens if s.is_history else s.ring_rows())
+            for s in layer_streams(FLASH.config, ratio, kv_format)
+        )
+        for ratio in (4, 128)
+    ]
+    assert (plan_cache(FLASH.config, kv_format, 1, tokens).sequence_bytes(tokens), *layers) == KV_BYTES[kv_format]
+
+
+def test_other_engines_index_keys_are_planned_with_and_not_allocated():
+    rows = {s.name: s.row_bytes for s in layer_streams(FLASH.config, 4, FP8_INDEX)}
+    assert (rows["csa_kv"], rows["index_k"]) == (584, 132)
+    with pytest.raises(CheckpointError, match="kv_format 'fp8-index8' is unknown; it is one of f32, bf16, fp8"):
+        check_kv_format(FLASH.config, FP8_INDEX)
+    with pytest.raises(CheckpointError, match="kv_format 'fp8-index8' is unknown; it is one of f32, bf16, fp8"):
+        CachePool(tiny((0, 4), head_dim=80), FP8_INDEX, 1, 64)

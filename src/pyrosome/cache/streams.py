@@ -16,9 +16,12 @@ from pyrosome.errors import CheckpointError
 
 KVFormat = Literal["f32", "bf16", "fp8"]
 KV_FORMATS: tuple[KVFormat, ...] = ("f32", "bf16", "fp8")
+FP8_INDEX = "fp8-index8"  # rows as "fp8", index keys in e4m3 with a float32 scale: other engines' layout, planned only
+PLANNED_FORMATS = (*KV_FORMATS, FP8_INDEX)
 
 PAGE_ROWS = 64  # rows of one page of one history stream; kernels that read pages have the number too
 FP8_GROUP, FP4_GROUP = 64, 32  # channels that share a scale in a stored row
+_FP8_INDEX_GROUP = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +31,7 @@ class StreamSpec:
     name: str
     per_tokens: int  # a row every so many tokens
     width: int  # channels of a row
-    format: str  # "f32", "bf16" or "fp8" as `quant.rows` stores it
+    format: str  # "f32", "bf16" or "fp8" as `quant.rows` stores it; or FP8_INDEX, which nothing here does
     row_bytes: int
     keep: int | None  # None: the whole sequence (history); else the last rows (state)
     reads_own: bool = True  # whether the newest kept row is the one just written
@@ -54,12 +57,12 @@ class StreamSpec:
 
 def kv_row_bytes(config: ModelConfig, kv_format: str) -> int:
     """Bytes of one KV row.  fp8: e4m3 codes, bf16 rotary channels, and E8M0 scales padded to 8 bytes."""
-    if kv_format != "fp8":
+    if kv_format not in ("fp8", FP8_INDEX):
         return config.head_dim * _element_bytes(kv_format)
     nope, rope = config.nope_dim, config.qk_rope_head_dim
     if nope % FP8_GROUP:
         raise CheckpointError(
-            f"kv_format 'fp8' stores the {nope} channels without rotation (head_dim {config.head_dim} - "
+            f"kv_format {kv_format!r} stores the {nope} channels without rotation (head_dim {config.head_dim} - "
             f"qk_rope_head_dim {rope}) in groups of {FP8_GROUP}, which does not divide them; "
             "use kv_format='f32' or 'bf16' for this shape"
         )
@@ -69,6 +72,8 @@ def kv_row_bytes(config: ModelConfig, kv_format: str) -> int:
 def index_row_bytes(config: ModelConfig, kv_format: str) -> int:
     """Bytes of one index key.  fp8: packed e2m1 codes and an E8M0 scale per 32."""
     dim = config.index_head_dim
+    if kv_format == FP8_INDEX:
+        return dim + 4 * -(-dim // _FP8_INDEX_GROUP)
     if kv_format != "fp8":
         return dim * _element_bytes(kv_format)
     if dim % FP4_GROUP:
@@ -85,22 +90,37 @@ def _element_bytes(kv_format: str) -> int:
     return 4 if kv_format == "f32" else 2
 
 
+def check_kv_format(config: ModelConfig, kv_format: str) -> None:
+    """Refuse a format that a pool of this configuration could not keep rows in.
+
+    Raises:
+        CheckpointError: it is unknown or only planned with, or cannot store this shape.
+    """
+    _element_bytes(kv_format)
+    plan_cache(config, kv_format, 1, 1)
+
+
 def layer_streams(config: ModelConfig, ratio: int, kv_format: str) -> tuple[StreamSpec, ...]:
     """Streams of one block whose compress ratio is `ratio` (0 window only, 4 CSA, else HCA)."""
     kv_bytes = kv_row_bytes(config, kv_format)
-    head = config.head_dim
-    streams = [StreamSpec("window_kv", 1, head, kv_format, kv_bytes, config.sliding_window)]
+    head, stored = config.head_dim, _row_format(kv_format)
+    streams = [StreamSpec("window_kv", 1, head, stored, kv_bytes, config.sliding_window)]
     if ratio == 4:
         dim = config.index_head_dim
         streams += [
-            StreamSpec("csa_kv", ratio, head, kv_format, kv_bytes, None),
+            StreamSpec("csa_kv", ratio, head, stored, kv_bytes, None),
             StreamSpec("index_k", ratio, dim, kv_format, index_row_bytes(config, kv_format), None),
             _tail("tail", 2 * head, 2 * ratio),
             _tail("index_tail", 2 * dim, 2 * ratio),
         ]
     elif ratio:
-        streams += [StreamSpec("hca_kv", ratio, head, kv_format, kv_bytes, None), _tail("tail", head, ratio)]
+        streams += [StreamSpec("hca_kv", ratio, head, stored, kv_bytes, None), _tail("tail", head, ratio)]
     return tuple(streams)
+
+
+def _row_format(kv_format: str) -> str:
+    """Of KV rows, which do not depend on how index keys are kept."""
+    return "fp8" if kv_format == FP8_INDEX else kv_format
 
 
 def _tail(name: str, projected: int, width: int) -> StreamSpec:
@@ -110,9 +130,9 @@ def _tail(name: str, projected: int, width: int) -> StreamSpec:
 
 def draft_streams(config: ModelConfig, kv_format: str) -> tuple[StreamSpec, ...]:
     """Streams of the MTP stage: its window, and the trunk's last residual streams that it starts from."""
-    hidden = config.hc_mult * config.hidden_size
+    hidden, stored = config.hc_mult * config.hidden_size, _row_format(kv_format)
     return (
-        StreamSpec("draft_kv", 1, config.head_dim, kv_format, kv_row_bytes(config, kv_format), config.sliding_window),
+        StreamSpec("draft_kv", 1, config.head_dim, stored, kv_row_bytes(config, kv_format), config.sliding_window),
         StreamSpec("draft_hidden", 1, hidden, "f32", hidden * 4, 1, reads_own=False),
     )
 

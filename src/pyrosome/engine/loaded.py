@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pyrosome.cache.streams import plan_cache
+from pyrosome.cache.streams import check_kv_format
 from pyrosome.checkpoint.fingerprint import fingerprint
 from pyrosome.checkpoint.index import CheckpointIndex, open_checkpoint
 from pyrosome.config import ModelConfig
@@ -156,7 +156,7 @@ def load_model(
     _check_device(device)
     kv_format = kv_format or arithmetic.default_kv_format
     index = open_checkpoint(path_or_name)
-    plan_cache(index.config, kv_format, 1, 1)  # a format that cannot store this shape is refused before the load
+    check_kv_format(index.config, kv_format)  # before the load
     network = build(index, arithmetic, device=device, unpack=unpack, options=options, progress=progress)
     return LoadedModel(network, index.config, numerics, kv_format, index.path, index)
 
