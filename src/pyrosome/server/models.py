@@ -10,16 +10,14 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
-from pyrosome.cache.streams import cache_tokens_in, plan_cache
-from pyrosome.config import ModelConfig
 from pyrosome.server.caller import GENERATE
 from pyrosome.server.openapi import described
+from pyrosome.server.plan import planned
 from pyrosome.server.problems import Refused
 from pyrosome.server.routes import add, body_of, caller_of, must_be_bool, paths, salt_of, service_of
 from pyrosome.server.service import Service
 
 MODES = ("off", "low", "high", "max")
-PLANNED_CONTEXTS = (8_192, 131_072, 1_048_576)
 
 _TOKENIZE = {
     "type": "object",
@@ -154,29 +152,8 @@ async def _tokenizer_info(request: Request) -> Response:
 
 
 async def _plan(request: Request) -> Response:
-    """What the cache takes: bytes by token and by sequence, and how much of it this server has."""
+    """What this server holds: weights by part, the cache by token and sequence, and the sessions there is room for."""
     await caller_of(request, GENERATE)
     service = service_of(request)
     about = await service.engine.call("about")
-    config, kv_format, options = service.config, about["kv_format"], service.engine_options
-    tokens = cache_tokens_in(config, kv_format, options.cache_bytes, options.max_sequences)
-    plan = plan_cache(
-        config, kv_format, options.max_sequences, about["max_context"], options.max_drafts, cache_tokens=tokens
-    )
-    return JSONResponse(
-        {
-            "model": service.card.name,
-            "kv_format": kv_format,
-            "kv_bytes_per_token": plan.bytes_per_token,
-            "state_bytes_per_sequence": plan.state_bytes,
-            "sequence_bytes": {str(n): plan.sequence_bytes(n) for n in _contexts(config, about["max_context"])},
-            "cache_bytes": options.cache_bytes,
-            "cache_tokens": tokens,
-            "max_sequences": options.max_sequences,
-            "max_context": about["max_context"],
-        }
-    )
-
-
-def _contexts(config: ModelConfig, most: int) -> list[int]:
-    return sorted({n for n in PLANNED_CONTEXTS if n <= config.max_position_embeddings} | {most})
+    return JSONResponse(await asyncio.to_thread(planned, service, about))
