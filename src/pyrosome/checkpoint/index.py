@@ -158,7 +158,7 @@ def open_checkpoint(path_or_name: str | Path) -> CheckpointIndex:
     Raises:
         CheckpointError: and its kinds; each says what was looked for, what was found, what to do.
     """
-    path = _locate(path_or_name)
+    path = locate(path_or_name)
     directory = path if path.is_dir() else path.parent
     config = ModelConfig.from_json(directory / "config.json")
     shards = _shards(directory) if path.is_dir() else {path: None}
@@ -189,7 +189,12 @@ def gathered(
     return CheckpointIndex(directory, config, tensors)
 
 
-def _locate(path_or_name: str | Path) -> Path:
+def locate(path_or_name: str | Path) -> Path:
+    """The directory or file of a checkpoint, by its path, a built-in's name, or a repository that was pulled.
+
+    Raises:
+        CheckpointError: there is none, or it is not a checkpoint's.
+    """
     name = str(path_or_name)
     if name.startswith(BUILTIN):
         root = Path(str(resources.files("pyrosome"))) / "builtin"
