@@ -22,6 +22,7 @@ from pyrosome.cli.run import run
 from pyrosome.cli.serve import serve
 from pyrosome.cli.terminal import BAD_INPUT, READER_GONE, printable
 from pyrosome.cli.train import train
+from pyrosome.cli.verify import verify
 from pyrosome.errors import PyrosomeError
 
 app = typer.Typer(help="An engine for DeepSeek-V4-Flash.", no_args_is_help=True, pretty_exceptions_enable=False)
@@ -53,7 +54,7 @@ def _registered(command: Callable[..., Any], to: typer.Typer = app, name: str | 
     to.command(name)(quiet)
 
 
-for _command in (run, chat, ask, serve, train, inspect, doctor):
+for _command in (run, chat, ask, serve, train, inspect, doctor, verify):
     _registered(_command)
 for _evaluation in (evaluations.recall, evaluations.text, evaluations.modes, evaluations.tools, evaluations.plot):
     _registered(_evaluation, _eval)
