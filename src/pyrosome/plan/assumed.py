@@ -14,12 +14,12 @@ CALIBRATED_BAND = (0.8, 1.25)
 
 # The types whose rate a kind of arithmetic runs at, best first.  FP4 experts multiply activations in FP8.
 TYPES: Mapping[str, tuple[str, ...]] = {
-    "matrices": ("fp8", "bf16", "fp16", "fp32"),
-    "experts": ("fp8", "bf16", "fp16", "fp32"),
-    "plain": ("bf16", "fp16", "fp32"),
-    "streams": ("bf16", "fp16", "fp32"),
-    "attention": ("bf16", "fp16", "fp32"),
-    "indexer": ("fp8", "bf16", "fp16", "fp32"),
+    "matrices": ("fp8", "bf16", "fp16", "f32"),
+    "experts": ("fp8", "bf16", "fp16", "f32"),
+    "plain": ("bf16", "fp16", "f32"),
+    "streams": ("bf16", "fp16", "f32"),
+    "attention": ("bf16", "fp16", "f32"),
+    "indexer": ("fp8", "bf16", "fp16", "f32"),
 }
 
 
@@ -46,17 +46,17 @@ SHARES: Mapping[str, Shares] = {
     "gpu": Shares(
         read=0.75, rows=0.5, compute=_GPU, layer_s=60e-6, token_s=0.0, step_s=300e-6, link=0.7, hop_s=12e-6,
         far_hop_s=40e-6, overlaps=True,
-        source="assumed for a GPU: 75% of the maker's bandwidth, 12 to 25% of its arithmetic, 60 us a layer",
+        source="assumed for a GPU: 75% of the maker's bandwidth, 12 to 25% of its FLOPs, 60 us a layer",
     ),
     "unified": Shares(
         read=0.75, rows=0.5, compute=_GPU, layer_s=120e-6, token_s=0.0, step_s=500e-6, link=0.7, hop_s=20e-6,
         far_hop_s=40e-6, overlaps=True,
-        source="assumed for one shared memory: 75% of the maker's bandwidth, 12 to 25% of its arithmetic, 120 us a layer",
+        source="assumed for one shared memory: 75% of the maker's bandwidth, 12 to 25% of its FLOPs, 120 us a layer",
     ),
     "cpu": Shares(
         read=0.65, rows=0.4,
         compute={"matrices": 0.2, "experts": 0.2, "plain": 0.15, "streams": 0.03, "attention": 0.15, "indexer": 0.2},
         layer_s=60e-6, token_s=1e-6, step_s=300e-6, link=0.7, hop_s=40e-6, far_hop_s=40e-6, overlaps=True,
-        source="assumed for a CPU: 65% of the maker's bandwidth, 15 to 20% of its arithmetic",
+        source="assumed for a CPU: 65% of the maker's bandwidth, 15 to 20% of its FLOPs",
     ),
 }  # fmt: skip

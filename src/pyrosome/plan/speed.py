@@ -31,7 +31,8 @@ class Coefficients:
     """What a device reaches, in units per second: assumed shares of the maker's peaks, or fitted on this machine."""
 
     read: float  # bytes per second that weights stream at
-    rows: float  # bytes per second that cached rows and activations are read at
+    rows: float  # bytes per second that cached rows are read at
+    streams: float  # bytes per second that residual streams are read and written at
     compute: Mapping[str, float]  # FLOPs per second by kind of arithmetic: `work.GROUPS`
     layer_s: float  # what a layer costs beside its bytes and FLOPs
     token_s: float  # what a token costs in a layer beside them
@@ -44,8 +45,8 @@ class Coefficients:
 
     def seconds(self, work: Work) -> tuple[float, float]:
         """(reading, computing) of one part."""
-        flops_s = self.compute[work.group]
-        return work.weight_bytes / self.read + work.row_bytes / self.rows, work.flops / flops_s if work.flops else 0.0
+        read = work.weight_bytes / self.read + work.row_bytes / self.rows + work.stream_bytes / self.streams
+        return read, work.flops / self.compute[work.group]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +73,8 @@ def _assumed(device: Device) -> Coefficients:
         raise PlanError(f"{device.title}: its memory bandwidth is unknown, so nothing can be said of its speed")
     compute = {group: share * _peak(device, group) for group, share in shares.compute.items()}
     return Coefficients(
-        read=shares.read * device.read_bytes_s, rows=shares.rows * device.read_bytes_s, compute=compute,
+        read=shares.read * device.read_bytes_s, rows=shares.rows * device.read_bytes_s,
+        streams=shares.read * device.read_bytes_s, compute=compute,
         layer_s=shares.layer_s, token_s=shares.token_s, step_s=shares.step_s, link=shares.link,
         hop_s=shares.hop_s if device.peer_bytes_s else shares.far_hop_s, overlaps=shares.overlaps, band=assumed.BAND,
         source=f"{device.title}: {shares.source}",

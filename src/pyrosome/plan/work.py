@@ -49,7 +49,8 @@ class Work:
     part: str
     group: str  # one of GROUPS
     weight_bytes: float = 0.0
-    row_bytes: float = 0.0  # cached rows; for the streams, activations
+    row_bytes: float = 0.0  # cached rows
+    stream_bytes: float = 0.0  # residual streams, in and out
     flops: float = 0.0
 
 
@@ -154,7 +155,7 @@ def work_of(model: Model, layout: Layout, load: Load) -> list[Work]:
     found += _attention(config, layout, load, own)
     if load.drafts and weights.draft:
         found += _draft_stage(config, layout, weights, own, load.drafts)
-    return [w for w in found if w.weight_bytes or w.row_bytes or w.flops]
+    return [w for w in found if w != Work(w.part, w.group)]
 
 
 def _dense(m: Matrices, layout: Layout, T: float) -> Work:
@@ -175,7 +176,7 @@ def _experts(part: str, config: ModelConfig, layout: Layout, weights: Weights, l
 
 def _streams(config: ModelConfig, T: float) -> Work:
     width = config.hc_mult * config.hidden_size * STREAM_BYTES
-    return Work("hyper-connections", "streams", row_bytes=config.num_hidden_layers * T * STREAM_PASSES * width)
+    return Work("hyper-connections", "streams", stream_bytes=config.num_hidden_layers * T * STREAM_PASSES * width)
 
 
 def _attention(config: ModelConfig, layout: Layout, load: Load, own: int) -> list[Work]:
