@@ -6,10 +6,21 @@ import dataclasses
 import json
 from typing import Any
 
+import msgspec
+
+from pyrosome.errors import PlanError
 from pyrosome.plan.hardware import Machine
 from pyrosome.plan.inventory import Model
+from pyrosome.plan.layout import MODES
 
 VERSION = 1
+KINDS = ("weights", "kv", "state", "reserve", "workspace", "system")
+# What a plan may say to `serve`: fields of EngineOptions, and of load_model.  A file is anybody's: no paths.
+OPTIONS = (
+    "max_sequences", "max_context", "cache_bytes", "snapshot_bytes", "host_bytes", "disk_bytes", "step_tokens",
+    "drafter", "max_drafts", "numerics", "kv_format", "experts",
+)  # fmt: skip
+_AGAIN = "make it again: pyrosome plan ... --out PLAN.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,8 +30,8 @@ class Asked:
     model: Model
     machine: Machine
     context: int = 131_072  # tokens of each session
-    sessions: int = 1  # that decode at once
-    prefilling: int = 1  # prompts computed at once: each takes a reserve
+    sessions: int = 1  # whose history is in the cache at once: they decode, or their prompts are computed
+    prefilling: int = 1  # of them, prompts that are computed at once: each takes a reserve
     parked: int = 0  # idle sessions, kept in RAM, then on disk
     shared_prefix: int = 0  # tokens that all sessions begin with, held once
     prompt: int = 0  # tokens of a turn that are not in the cache yet; 0: the whole context
@@ -74,8 +85,8 @@ class Sessions:
     """How many sessions of the asked context there is room for, by state."""
 
     decoding: int
-    prefilling: int  # beside them
-    parked_ram: int
+    prefilling: int  # of them, prompts that may be computed at once
+    parked_ram: int  # beside those that were asked to decode
     parked_disk: int
     device_bytes: int  # of one decoding session, on all devices together
     parked_bytes: int  # of one parked session
@@ -126,13 +137,43 @@ class Plan:
 
     def to_json(self) -> str:
         """The plan as one JSON object, which `from_json` reads back."""
-        return json.dumps(dataclasses.asdict(self), ensure_ascii=False)
+        return json.dumps(dataclasses.asdict(self), ensure_ascii=False, allow_nan=False)
 
     @classmethod
-    def from_json(cls, text: str) -> Plan:
-        """Read a plan back.
+    def from_json(cls, text: str | bytes) -> Plan:
+        """Read a plan back.  The text may be anybody's: types, names and signs are checked, figures are not.
 
         Raises:
             PlanError: it is none, or of another version.
         """
-        raise NotImplementedError
+        try:
+            found = msgspec.json.decode(text)
+        except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
+            raise PlanError(f"this is no plan: it is not JSON ({error}); {_AGAIN}") from None
+        version = found.get("version") if isinstance(found, dict) else None
+        if version is None:
+            raise PlanError(f"this is no plan: a JSON object with a version was expected; {_AGAIN}")
+        if version != VERSION:
+            raise PlanError(f"this plan is of version {version!r} and version {VERSION} is read here; {_AGAIN}")
+        try:
+            plan = msgspec.convert(found, cls)
+        except (msgspec.ValidationError, RecursionError) as error:
+            raise PlanError(f"this is no plan of version {VERSION}: {error}; {_AGAIN}") from None
+        if fault := plan._fault():
+            raise PlanError(f"this is no plan of version {VERSION}: {fault}; {_AGAIN}")
+        return plan
+
+    def _fault(self) -> str:
+        """What of it no planner writes."""
+        if self.mode not in MODES:
+            return f"its mode is {self.mode!r}, which is none of {', '.join(MODES)}"
+        if unknown := sorted(set(self.options) - set(OPTIONS)):
+            return f"its options name {', '.join(unknown)}, which a plan does not set"
+        for name in ("sessions", "context"):
+            value = self.asked.get(name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                return f"what was asked has {name} {value!r}, where an integer from 1 was expected"
+        for place in self.places:
+            if place.total_bytes < 0 or any(i.num_bytes < 0 or i.kind not in KINDS for i in place.items):
+                return f"{place.name} holds what has no size or no sort"
+        return ""

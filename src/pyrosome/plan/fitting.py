@@ -1,0 +1,317 @@
+"""What fits: the most sessions, the longest context, where experts go, and the smallest change that makes it fit."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+from pyrosome.cache.streams import BLOCK_TOKENS, KV_FORMATS
+from pyrosome.errors import PyrosomeError
+from pyrosome.plan.layout import MODES, Layout, Placement
+from pyrosome.plan.memory import Site, fits, places, step_tokens
+from pyrosome.plan.plan import Asked, Place
+
+GIB = 1 << 30
+MAX_SESSIONS = 1_000_000
+MAX_DEVICES = 64  # that are looked at when more are needed
+LEAST_STEP_TOKENS = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """One thing that could be otherwise, and then it fits; one unit less and it does not."""
+
+    what: str  # "step_tokens", "csa_host", "mode", "kv_format", "sessions", "context", "ram" or "devices"
+    text: str
+    asked: Asked
+    layout: Layout
+    placement: Placement
+
+
+def most(test: Callable[[int], bool], low: int, high: int) -> int:
+    """The largest n in low..high of which `test` is true, if it is true up to some n and false beyond; else low - 1."""
+    low -= 1
+    while low < high:
+        middle = -(-(low + high) // 2)
+        low, high = (middle, high) if test(middle) else (low, middle - 1)
+    return low
+
+
+def most_sessions(asked: Asked, layout: Layout, placement: Placement) -> int:
+    """How many sessions of the asked context fit, at most a million; 0: not one.
+
+    Raises:
+        PlanError: as `memory.places`.
+    """
+
+    def test(n: int) -> bool:
+        return fits(places(asked, layout, placement, n))
+
+    high = 1
+    while high < MAX_SESSIONS and test(high):
+        high = min(2 * high, MAX_SESSIONS)
+    return most(test, 1, high)
+
+
+def fractional_sessions(asked: Asked, layout: Layout, placement: Placement) -> float:
+    """As `most_sessions`, with the part of a session that what is left would hold: for comparing with formulas."""
+    whole = most_sessions(asked, layout, placement)
+    if not whole and not fits(places(asked, layout, placement, 0)):
+        return 0.0
+    groups = layout.replicas  # a session more in each
+    here, there = (places(asked, layout, placement, n) for n in (whole, whole + groups))
+    parts = []
+    for a, b in zip(here, there, strict=True):
+        if (each := b.used_bytes - a.used_bytes) > 0:
+            parts.append(groups * a.free_bytes / each)
+    return whole + min([p for p in parts if p >= 0] or [0.0])
+
+
+def longest_context(asked: Asked, layout: Layout, placement: Placement) -> int:
+    """The longest context that the asked sessions fit with, in whole blocks of 128 tokens; 0: none."""
+    least = max(asked.shared_prefix, asked.prompt, 1)
+
+    def test(blocks: int) -> bool:
+        return fits(
+            places(dataclasses.replace(asked, context=blocks * BLOCK_TOKENS), layout, placement, asked.sessions)
+        )
+
+    low = -(-least // BLOCK_TOKENS)
+    found = most(test, low, asked.model.config.max_position_embeddings // BLOCK_TOKENS)
+    return found * BLOCK_TOKENS if found >= low else 0
+
+
+def place_experts(asked: Asked, layout: Layout) -> Placement:
+    """All experts on the devices where weights and one session fit there; else as many as fit beside what was asked.
+
+    The others are in RAM as far as it holds them, the rest on NVMe: whole experts, as many of each layer.  Where
+    nothing helps all are on the devices, and the plan says what they lack.
+    """
+    everything = Placement(csa_on_host=asked.csa_host)
+    if _on_devices(asked, layout, everything, 1):
+        return everything
+    for sessions in dict.fromkeys((asked.sessions, 1)):
+        if found := _spread(asked, layout, sessions, with_ram=True):
+            return found
+    return everything
+
+
+def _spread(asked: Asked, layout: Layout, sessions: int, *, with_ram: bool) -> Placement | None:
+    """The placement with the most experts on the devices, then the most in RAM."""
+    E, csa, machine = asked.model.config.n_routed_experts, asked.csa_host, asked.machine
+    apart = machine.device.kind == "gpu" and with_ram and machine.ram_bytes > 0
+
+    def on_device(k: int) -> bool:
+        return _on_devices(asked, layout, Placement.of(k, 0, E, csa_on_host=csa), sessions)
+
+    near = most(on_device, 0, E)
+    if near < 0:
+        return None
+
+    def in_ram(k: int) -> bool:
+        found = places(asked, layout, Placement.of(near, k, E, csa_on_host=csa), sessions)
+        return all(p.free_bytes >= 0 for p in found if p.name == "RAM")
+
+    far = max(0, most(in_ram, 0, E - near)) if apart else 0
+    if near + far < E and not machine.nvme_bytes:
+        return None
+    placement = Placement.of(near, far, E, csa_on_host=csa)
+    return placement if fits(places(asked, layout, placement, sessions)) else None
+
+
+def _on_devices(asked: Asked, layout: Layout, placement: Placement, sessions: int) -> bool:
+    return fits(places(asked, layout, placement, sessions)[: layout.ranks])
+
+
+def lacking(where: Sequence[Place]) -> str:
+    """Which places hold too much, and how much; "" for none."""
+    short = [(p, -p.free_bytes) for p in where if p.free_bytes < 0]
+    devices = [(p, n) for p, n in short if p.name not in ("RAM", "NVMe")]
+    hosts = [(p, n) for p, n in short if p.name in ("RAM", "NVMe")]
+    parts = []
+    if devices:
+        place, worst = max(devices, key=lambda d: d[1])
+        all_of = f"each of {len(devices)} devices" if len(devices) > 1 else place.name
+        least = min(n for _, n in devices)
+        amount = gib(worst) if gib(least) == gib(worst) else f"{gib(least)} to {gib(worst)}"
+        parts.append(f"{all_of} lacks {amount} of {gib(place.used_bytes)}, and has {gib(place.total_bytes)}")
+    for place, n in hosts:
+        has = f"has {gib(place.total_bytes)}" if place.total_bytes else "it is not known how much there is"
+        parts.append(f"{place.name} lacks {gib(n)} of {gib(place.used_bytes)}, and {has}".replace("and it", "since it"))
+    return "; ".join(parts)
+
+
+def changes(asked: Asked, layout: Layout, placement: Placement) -> list[Change]:
+    """Single changes that make it fit, the least harmful first.
+
+    The order: a prompt that is computed in smaller steps; CSA rows in host memory; another mode; another format of
+    rows; fewer sessions; a shorter context; experts in more RAM; more devices.
+    """
+    looks = (
+        _smaller_steps,
+        _rows_on_host,
+        _another_mode,
+        _another_format,
+        _fewer_sessions,
+        _shorter,
+        _more_ram,
+        _devices,
+    )
+    return [change for look in looks for change in look(asked, layout, placement)]
+
+
+def told(found: Sequence[Change]) -> str:
+    """The changes in one sentence."""
+    if not found:
+        return f"no single change makes it fit, up to {MAX_DEVICES} such devices; take larger ones"
+    *others, last = [c.text for c in found]
+    return f"it fits with {', or '.join([', '.join(others), last]) if others else last}"
+
+
+def _smaller_steps(asked: Asked, layout: Layout, placement: Placement) -> Iterator[Change]:
+    if not asked.prefilling:
+        return
+    now = step_tokens(asked)
+
+    def smaller(units: int) -> Asked:
+        return dataclasses.replace(asked, step_tokens=units * LEAST_STEP_TOKENS)
+
+    found = most(lambda n: _fit(smaller(n), layout, placement), 1, (now - 1) // LEAST_STEP_TOKENS)
+    if found >= 1:
+        text = f"prompts computed {found * LEAST_STEP_TOKENS:,} tokens at a time instead of {now:,}"
+        yield Change("step_tokens", text, smaller(found), layout, placement)
+
+
+def _rows_on_host(asked: Asked, layout: Layout, placement: Placement) -> Iterator[Change]:
+    if asked.csa_host or asked.machine.device.kind != "gpu" or 4 not in asked.model.config.layer_ratios:
+        return
+    changed = dataclasses.replace(asked, csa_host=True)
+    moved = dataclasses.replace(placement, csa_on_host=True)
+    where = places(changed, layout, moved, asked.sessions)
+    if not fits(where[: layout.ranks]):
+        return
+    text = "CSA rows in host memory (--csa-host)"
+    if not fits(where):
+        needed = _up(sum(p.used_bytes for p in where if p.name == "RAM"))
+        changed = dataclasses.replace(changed, machine=dataclasses.replace(asked.machine, ram_bytes=needed * GIB))
+        text = f"CSA rows in host memory, of which {needed:,} GiB are needed (--csa-host --ram {needed}G)"
+        if not _fit(changed, layout, moved):
+            return
+    yield Change("csa_host", text, changed, layout, moved)
+
+
+def _another_mode(asked: Asked, layout: Layout, placement: Placement) -> Iterator[Change]:
+    if layout.ranks == 1:
+        return
+    roomiest: tuple[int, Layout] | None = None
+    for mode in MODES:
+        other = Layout.of(mode, layout.ranks)
+        if mode == layout.mode or other.why_not(asked.model.config) or not _fit(asked, other, placement):
+            continue
+        room = most_sessions(asked, other, placement)
+        if roomiest is None or room > roomiest[0]:
+            roomiest = room, other
+    if roomiest:
+        room, other = roomiest
+        text = f"mode {other.mode}, which has room for {room:,} sessions"
+        yield Change("mode", text, dataclasses.replace(asked, mode=other.mode), other, placement)
+
+
+def _another_format(asked: Asked, layout: Layout, placement: Placement) -> Iterator[Change]:
+    at = KV_FORMATS.index(asked.kv_format) if asked.kv_format in KV_FORMATS else len(KV_FORMATS)  # the widest first
+    for kv_format in KV_FORMATS[at + 1 :]:
+        changed = dataclasses.replace(asked, kv_format=kv_format)
+        try:
+            fit = _fit(changed, layout, placement)
+        except PyrosomeError:  # a shape that this format does not store
+            continue
+        if fit:
+            text = f"rows stored as {kv_format} instead of {asked.kv_format}"
+            yield Change("kv_format", text, changed, layout, placement)
+            return
+
+
+def _fewer_sessions(asked: Asked, layout: Layout, placement: Placement) -> Iterator[Change]:
+    found = most_sessions(asked, layout, placement)
+    if 0 < found < asked.sessions:
+        changed = dataclasses.replace(asked, sessions=found, prefilling=min(asked.prefilling, found))
+        text = f"{found:,} session{'s' if found > 1 else ''} instead of {asked.sessions:,}"
+        yield Change("sessions", text, changed, layout, placement)
+
+
+def _shorter(asked: Asked, layout: Layout, placement: Placement) -> Iterator[Change]:
+    found = longest_context(asked, layout, placement)
+    if 0 < found < asked.context:
+        text = f"a context of {found:,} tokens instead of {asked.context:,}"
+        yield Change("context", text, dataclasses.replace(asked, context=found), layout, placement)
+
+
+def _more_ram(asked: Asked, layout: Layout, placement: Placement) -> Iterator[Change]:
+    """Experts in as much RAM as it takes, in whole GiB; of a machine without accelerators, more of its memory."""
+    machine, kind = asked.machine, asked.machine.device.kind
+    everything = Placement(csa_on_host=placement.csa_on_host)
+    if kind == "unified" or (kind == "gpu" and _on_devices(asked, layout, everything, 1)):
+        return  # experts are moved away only where the devices do not hold them beside one session
+    spread, site = placement, asked
+    if kind == "gpu":
+        endless = dataclasses.replace(asked, machine=dataclasses.replace(machine, ram_bytes=1 << 60))
+        found = _spread(endless, layout, asked.sessions, with_ram=True)
+        if found is None:
+            return
+        spread, site = found, endless
+    elif placement.experts_on_nvme:
+        return
+    used = sum(p.used_bytes for p in places(site, layout, spread, asked.sessions) if p.name == "RAM")
+    needed = _up(used)
+    if needed * GIB <= machine.ram_bytes:
+        return
+    changed = dataclasses.replace(asked, machine=dataclasses.replace(machine, ram_bytes=needed * GIB))
+    if not _fit(changed, layout, spread):
+        return
+    more = f"{gib(needed * GIB - machine.ram_bytes)} more than there are" if machine.ram_bytes else "which is not known"
+    here, there, _ = spread.counts(asked.model.config.n_routed_experts)
+    moved = f"{there} of {here + there} experts of each layer in RAM, with " if there else ""
+    yield Change("ram", f"{moved}{needed:,} GiB of RAM ({more})", changed, layout, spread)
+
+
+def _devices(asked: Asked, layout: Layout, placement: Placement) -> Iterator[Change]:
+    machine = asked.machine
+    if machine.device.kind == "cpu":
+        return
+    everything = Placement(csa_on_host=placement.csa_on_host)
+    for count in range(machine.count + 1, MAX_DEVICES + 1):
+        other = Layout.of(layout.mode, count)
+        if other.why_not(asked.model.config):
+            return
+        changed = dataclasses.replace(asked, machine=dataclasses.replace(machine, count=count, price_usd_hour=None))
+        if _fit(changed, other, everything):
+            yield Change("devices", f"{count} devices instead of {machine.count}", changed, other, everything)
+            return
+
+
+def _fit(asked: Asked, layout: Layout, placement: Placement) -> bool:
+    return fits(places(asked, layout, placement, asked.sessions))
+
+
+def session_bytes(asked: Asked, layout: Layout, placement: Placement) -> int:
+    """What one decoding session more takes on all devices together, rows and rings; where experts are does not matter.
+
+    A share of the pages for branches is in it: what so many sessions more take, divided by their number.
+    """
+    many = 16 * layout.replicas
+    few, more = (
+        sum(Site(asked, layout, placement, n).pool_bytes(rank) for rank in range(layout.ranks))
+        for n in (layout.replicas, layout.replicas + many)
+    )
+    return -(-(more - few) // many)
+
+
+def gib(num_bytes: int) -> str:
+    """Bytes in GiB, exact to a MiB or so where there are few."""
+    value = num_bytes / GIB
+    return f"{value:,.1f} GiB" if value >= 0.095 else f"{num_bytes / (1 << 20):,.0f} MiB"
+
+
+def _up(num_bytes: int) -> int:
+    return math.ceil(num_bytes / GIB)
