@@ -10,7 +10,6 @@ import dataclasses
 from collections.abc import Mapping
 
 BAND = (0.5, 2.0)
-CALIBRATED_BAND = (0.8, 1.25)
 
 # The types whose rate a kind of arithmetic runs at, best first.  FP4 experts multiply activations in FP8.
 TYPES: Mapping[str, tuple[str, ...]] = {

@@ -9,20 +9,23 @@ Source: planner.md section 3 (its formula, taken part by part) and model.md sect
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 
 from pyrosome.cache.streams import kv_row_bytes
 from pyrosome.config import CSA_RATIO
 from pyrosome.errors import PlanError
 from pyrosome.plan import assumed
+from pyrosome.plan.calibration import Calibration, latest
 from pyrosome.plan.hardware import Device, Machine
 from pyrosome.plan.inventory import Model
 from pyrosome.plan.layout import Layout, Placement
+from pyrosome.plan.work import GROUPS, Work, weights_of, work_of
 from pyrosome.plan.work import Load as Load
-from pyrosome.plan.work import Work, weights_of, work_of
 
 ACTIVATION_BYTES = 2  # of what devices send one another, bfloat16
 FEW_TOKENS = 16  # of a span: up to so many, a step decodes or verifies and passes the ranks of a pipeline one by one
+CALIBRATED_ERROR = 0.25  # what a prediction by calibration is believed to, unless its own steps are met less well
 SAMPLES = 16  # steps of a long prompt that are computed; those between them lie on straight lines
 
 
@@ -42,6 +45,8 @@ class Coefficients:
     overlaps: bool  # reading goes on while it computes
     band: tuple[float, float]  # what times lie between, as factors
     source: str
+    nvme_bytes_s: float = 0.0  # that the drive was measured to read; 0: as the machine says
+    host: Coefficients | None = None  # of the host's processor, where they were measured
 
     def seconds(self, work: Work) -> tuple[float, float]:
         """(reading, computing) of one part."""
@@ -64,7 +69,39 @@ def coefficients_for(machine: Machine) -> Coefficients:
     Raises:
         PlanError: a device of unknown bandwidth or arithmetic.
     """
-    return _assumed(machine.device)
+    found = _measured_here(machine)
+    if found is None:
+        return _assumed(machine.device)
+    if found.outdated:
+        base = _assumed(machine.device)
+        about = f"the calibration of {found.when[:10]} does not count, since {found.outdated}: run `pyrosome calibrate`"
+        return dataclasses.replace(base, source=f"{base.source}; {about}")
+    if machine.device.kind == "cpu":
+        return _calibrated(found, machine.device)
+    base = _assumed(machine.device)
+    link = found.link_bytes_s / machine.device.host_bytes_s if machine.device.host_bytes_s else 0.0
+    host = _calibrated(found, machine.host) if machine.host else None
+    return dataclasses.replace(base, link=link or base.link, nvme_bytes_s=found.disk_bytes_s, host=host)
+
+
+def _measured_here(machine: Machine) -> Calibration | None:
+    """The calibration of this machine's processor, if the plan is for this machine."""
+    processor = machine.device if machine.device.kind == "cpu" else machine.host
+    return latest(processor.title) if machine.is_here and processor is not None else None
+
+
+def _calibrated(found: Calibration, device: Device) -> Coefficients:
+    rate = {term: 1 / seconds if seconds else math.inf for term, seconds in found.seconds.items()}
+    spread = 1 + max(CALIBRATED_ERROR, found.worst)
+    s = "s" * (found.threads != 1)
+    return Coefficients(
+        read=rate["read"], rows=rate["rows"], streams=math.inf, compute={g: rate[g] for g in GROUPS},
+        layer_s=found.seconds["layer"], token_s=found.seconds["token"], step_s=found.seconds["step"],
+        link=assumed.SHARES["cpu"].link, hop_s=assumed.SHARES["cpu"].hop_s, overlaps=False,
+        band=(1 / spread, spread), nvme_bytes_s=found.disk_bytes_s,
+        source=f"calibrated {found.when[:10]} on {device.title}, {found.threads} thread{s}: steps timed there are met "
+        f"within {found.residual:.0%} (median) and {found.worst:.0%} (largest)",
+    )  # fmt: skip
 
 
 def _assumed(device: Device) -> Coefficients:
@@ -107,7 +144,7 @@ def step_time(
             parts |= _experts(work, machine, placement, c, limits)
             continue
         read, compute = c.seconds(work)
-        _add(parts, limits, work.part, max(read, compute) if c.overlaps else read + compute, read >= compute)
+        _add(parts, limits, work.part, _together(c, work), read >= compute)
     for name, seconds in _beside(model, machine, layout, placement, load, c).items():
         if seconds:
             parts[name] = seconds
@@ -115,6 +152,11 @@ def step_time(
         parts = {name: seconds / layout.layers for name, seconds in parts.items()}
     longest = max(parts, key=lambda name: parts[name])
     return StepTime(sum(parts.values()), parts, f"{limits.get(longest, 'overhead')}: {longest}")
+
+
+def _together(c: Coefficients, work: Work) -> float:
+    """Seconds of reading and computing one part."""
+    return max(c.seconds(work)) if c.overlaps else sum(c.seconds(work))
 
 
 def _add(parts: dict[str, float], limits: dict[str, str], part: str, seconds: float, is_read: bool) -> None:
@@ -129,10 +171,9 @@ def _experts(
     parts: dict[str, float] = {}
     in_ram = 0.0 if machine.device.kind == "cpu" else placement.experts_in_ram  # a CPU's own memory is that
     near, far = 1 - in_ram - placement.experts_on_nvme, placement.experts_on_nvme
-    read, compute = (near * s for s in c.seconds(work))
     if near > 0:
-        seconds = max(read, compute) if c.overlaps else read + compute
-        _add(parts, limits, "routed experts", seconds, read >= compute)
+        read, compute = c.seconds(work)
+        _add(parts, limits, "routed experts", near * _together(c, work), read >= compute)
     if in_ram:
         name, seconds = _from_ram(work, machine, in_ram, c)
         parts[name], limits[name] = seconds, "host link" if "link" in name else "host memory and processor"
@@ -140,7 +181,8 @@ def _experts(
         if not machine.nvme_read_bytes_s > 0:
             raise PlanError("experts are placed on NVMe, and this machine has none; give --nvme, or more RAM")
         name = "routed experts from NVMe"
-        parts[name], limits[name] = far * work.weight_bytes / machine.nvme_read_bytes_s, "NVMe"
+        parts[name] = far * work.weight_bytes / (c.nvme_bytes_s or machine.nvme_read_bytes_s)
+        limits[name] = "NVMe"
     return parts
 
 
@@ -150,11 +192,11 @@ def _from_ram(work: Work, machine: Machine, share: float, c: Coefficients) -> tu
         moved = share * work.weight_bytes / (machine.device.host_bytes_s * c.link)
         ways["routed experts over the host link"] = moved + share * c.seconds(work)[1]
     if machine.host is not None:  # it serves all devices
-        host = _assumed(machine.host)
+        host = c.host or _assumed(machine.host)
         all_of_it = dataclasses.replace(
             work, weight_bytes=machine.count * share * work.weight_bytes, flops=machine.count * share * work.flops
         )
-        ways["routed experts by the host's processor"] = max(host.seconds(all_of_it))
+        ways["routed experts by the host's processor"] = _together(host, all_of_it)
     if not ways:
         raise PlanError("experts are placed in RAM, and this machine has neither a link to it nor a host processor")
     name = min(ways, key=lambda way: ways[way])
