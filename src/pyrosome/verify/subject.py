@@ -29,7 +29,7 @@ from pyrosome.ops.seam import OPS
 from pyrosome.options import EngineOptions
 from pyrosome.verify.finding import Finding, Wanted
 
-STEP_TOKENS = 512  # of a text, computed at once while its rows are read
+STEP_TOKENS = 256  # of a text, computed at once while its rows are read
 # Beside the weights: what a step works in, and per id of the vocabulary the logits that are kept for comparison.
 STEP_BYTES, LOGIT_BYTES = 256 << 20, 16 << 10
 _MEMINFO, _CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max")
