@@ -24,11 +24,11 @@ def test_errors_are_summed_up_by_kind():
         history.keep("decode tok/s", predicted, 100, "a machine")
     history.keep("prefill tok/s", 3, 2, "a machine")
     decode, prefill = history.summary()
-    assert (decode.what, decode.count) == ("decode tok/s", 5)
-    assert decode.median == pytest.approx(0.10)
-    assert decode.p90 == pytest.approx(0.50)
-    assert decode.bias == pytest.approx(0.0)
-    assert (prefill.what, prefill.count, prefill.bias) == ("prefill tok/s", 1, 0.5)
+    assert (decode["what"], decode["count"]) == ("decode tok/s", 5)
+    assert decode["median"] == pytest.approx(0.10)
+    assert decode["p90"] == pytest.approx(0.50)
+    assert decode["bias"] == pytest.approx(0.0)
+    assert (prefill["what"], prefill["count"], prefill["bias"]) == ("prefill tok/s", 1, 0.5)
 
 
 def test_an_entry_comes_back_as_it_was_kept():
@@ -100,8 +100,23 @@ def test_several_processes_write_at_once_and_no_line_is_lost_or_torn():
     for w in writers:
         w.join(60)
         assert w.exitcode == 0
-    assert {e.what: e.count for e in history.summary()} == {f"by {i}": 25 for i in range(3)}
+    assert {e["what"]: e["count"] for e in history.summary()} == {f"by {i}": 25 for i in range(3)}
     assert history.entries()[1] == 0
+
+
+def test_nobody_writes_while_another_drops_the_older_half(monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+    tried = []
+
+    def halve():
+        with open(history.path().parent / "plans.lock", "wb") as lock, pytest.raises(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        tried.append(True)
+
+    monkeypatch.setattr(history, "MOST_BYTES", 0)
+    monkeypatch.setattr(history, "_halve", halve)
+    history.keep("x", 1, 1, "a machine")
+    assert tried
 
 
 def test_a_folder_that_cannot_be_had_is_told(tmp_path, monkeypatch):

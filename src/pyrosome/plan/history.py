@@ -16,7 +16,7 @@ import statistics
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypedDict
 
 from pyrosome import __version__
 from pyrosome.errors import RequestError
@@ -45,8 +45,7 @@ class Entry:
         return self.predicted / self.measured - 1
 
 
-@dataclasses.dataclass(frozen=True)
-class Errors:
+class Errors(TypedDict):
     """How far predictions of one kind were off, without sign."""
 
     what: str
