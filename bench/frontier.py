@@ -23,7 +23,6 @@ import torch
 
 import pyrosome
 from bench import measure, records
-from bench.filled import RandomRows, fill
 from bench.witness import Watch, verify
 from pyrosome.cache.streams import plan_cache
 from pyrosome.config import ModelConfig
@@ -33,6 +32,7 @@ from pyrosome.model.build import fill as fill_weights
 from pyrosome.model.numerics import TRAINED
 from pyrosome.ops import workspace
 from pyrosome.testing.checkpoints import random_tensors
+from pyrosome.testing.filled import RandomRows, fill
 
 POINTS = (4096, 65536, 262144, 1048576)
 PREFILL, CHUNK = 131072, 2048

@@ -25,7 +25,6 @@ import torch
 
 import pyrosome
 from bench import measure, records
-from bench.filled import RandomRows, fill
 from bench.shapes import Ceilings, cpu_seconds, native_bytes
 from pyrosome.config import ModelConfig
 from pyrosome.engine.graphs import StepGraphs
@@ -37,6 +36,7 @@ from pyrosome.model.numerics import TRAINED
 from pyrosome.ops import native
 from pyrosome.quant import QuantTensor
 from pyrosome.testing.checkpoints import random_tensors
+from pyrosome.testing.filled import RandomRows, fill
 
 RATIOS = (0, 0, 4, 128, 4, 128)
 KV_FORMAT = "fp8"

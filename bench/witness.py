@@ -1,6 +1,6 @@
 """Proof that a decode step read its cache: what it computed is computed again from rows that no cache held.
 
-The sequence was filled from a seed (`bench.filled`).  Forward hooks keep what one step's indexer and attention
+The sequence was filled from a seed (`testing.filled`).  Forward hooks keep what one step's indexer and attention
 were given and returned.  Then, from the seed alone:
 
 * every key of the history is scored, and no key left out may score above one that was chosen;
@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.filled import BLOCK_ROWS, RandomRows, emitted
 from pyrosome.cache.streams import layer_streams
 from pyrosome.engine.runner import Runner, Sequence
 from pyrosome.model.deepseek_v4 import CSA_RATIO, Attention, Indexer
@@ -32,6 +31,7 @@ from pyrosome.ops.rope import norm_rope, rope
 from pyrosome.ops.rows import RowSource
 from pyrosome.quant import hadamard
 from pyrosome.quant.rows import index_rows, kv_rows
+from pyrosome.testing.filled import BLOCK_ROWS, RandomRows, emitted
 
 # Relative RMS of a layer's attention output against float64.  The softmax's weights are rounded to bfloat16 (an error
 # of 2^-9 at most each, about 1e-3 together); a row left out of ten thousand moves the output by 1e-2.

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from bench import frontier
-from bench.filled import RandomRows, emitted, fill
 from bench.witness import Watch, selection_problems, verify
 from pyrosome.cache.streams import layer_streams
 from pyrosome.engine.runner import Runner
@@ -14,6 +13,7 @@ from pyrosome.errors import ContextTooLong
 from pyrosome.model import deepseek_v4
 from pyrosome.model.step import Span, Step
 from pyrosome.quant.rows import index_rows, kv_rows
+from pyrosome.testing.filled import RandomRows, emitted, fill
 
 FILLED = 4096  # 1,024 CSA rows: twice what the indexer keeps
 ROWS = RandomRows(3)
