@@ -21,8 +21,8 @@ from pyrosome.hub.record import Record
 from pyrosome.hub.remote import Hub, Stopped
 from pyrosome.testing.headers import write_headers
 from tests.checkpoint.files import read_entries, write_entries
-from tests.hub.conftest import REPO, LoopHub, same_files, shards
-from tests.hub.server import COMMIT, OTHER, Fault, by_path, loop_hub
+from tests.hub.files import REPO, same_files, shards
+from tests.hub.server import COMMIT, OTHER, Fault, LoopHub, by_path, loop_hub
 
 WAITS = (0.0, 0.0, 0.0)
 NEEDED = ["LICENSE", "config.json", "encoding/cases.json", "generation_config.json", INDEX_NAME, "tokenizer.json",

@@ -1,0 +1,198 @@
+"""`pyrosome pull` as a user runs it, and what is pulled found by its name."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.cli.sessions import REAL, ROOT, at_terminal, environment, piped
+from tests.hub.files import REPO, make_source, same_files, shards
+from tests.hub.server import COMMIT, PAGE, Fault, loop_hub
+
+SHARD = "model-00002-of-00003.safetensors"
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return make_source(tmp_path_factory.mktemp("source") / "tiny")
+
+
+@pytest.fixture
+def hub(source):
+    with loop_hub(source) as server:
+        yield server
+
+
+def clean(**changes):
+    """No token, address or switch of whoever runs the tests."""
+    names = ("HF_TOKEN", "HF_ENDPOINT", "HF_HUB_OFFLINE", "HF_HOME", "XDG_DATA_HOME")
+    return dict.fromkeys(names) | changes
+
+
+def pulling(home, hub, *args, program=REAL):
+    return piped(home, "pull", REPO, "--mirror", hub.url, *args, program=program, **clean())
+
+
+def test_what_is_pulled_is_found_by_its_name(tmp_path, hub, source):
+    done = pulling(tmp_path, hub, "--yes")
+    place = tmp_path / ".local/share/pyrosome/models" / REPO
+    said = done.stdout.decode()
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"release +\S+; 208 tensors of [\d,]+ bytes", said) and "bytes of KV a token" in said
+    assert said.splitlines()[-1].endswith(f"fetched now: {place}")
+    assert same_files(source, place, shards(source))
+    found = piped(tmp_path, "inspect", REPO, "--json", program=REAL, **clean())
+    assert json.loads(found.stdout)["path"] == str(place)
+
+
+def test_an_address_in_the_environment_is_used_and_json_is_one_object(tmp_path, hub, source):
+    changes = clean(HF_ENDPOINT=hub.url)
+    done = piped(tmp_path, "pull", REPO, "--yes", "--json", "--to", str(tmp_path / "a"), program=REAL, **changes)
+    told = json.loads(done.stdout)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert told["commit"] == COMMIT and told["fetched_bytes"] == told["file_bytes"] == told["missing_bytes"]
+    assert set(told["sha256"]) == set(told["files"])
+    assert not any("authorization" in a.headers for a in hub.asked) and not hub.count("harness")
+
+
+def test_a_plan_alone_fetches_nothing(tmp_path, hub):
+    done = pulling(tmp_path, hub, "--plan-only", "--json", "--to", str(tmp_path / "a"))
+    told = json.loads(done.stdout)
+    assert done.returncode == 0 and told["missing_bytes"] == told["file_bytes"] > 0
+    assert told["tensor_bytes"] > told["expert_bytes"] > 0 and told["free_bytes"] > 0
+    assert not (tmp_path / "a").exists()
+
+
+def test_nobody_to_ask_is_an_error(tmp_path, hub):
+    done = pulling(tmp_path, hub, "--to", str(tmp_path / "a"))
+    assert done.returncode == 2 and b"--yes" in done.stderr and not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize(("answer", "there"), [("", False), ("y", True)])
+def test_at_a_terminal_it_asks(tmp_path, hub, source, answer, there):
+    child = at_terminal(
+        tmp_path, "pull", REPO, "--mirror", hub.url, "--to", str(tmp_path / "a"), program=REAL, **clean()
+    )
+    child.expect_exact("[y/N]")
+    child.sendline(answer)
+    child.wait()
+    assert child.exitstatus == 0
+    assert (tmp_path / "a" / "SHA256SUMS").exists() is there
+
+
+def test_kill_9_half_way_and_a_second_run_goes_on(tmp_path, hub, source):
+    hub.faults = [Fault(SHARD, "slow", times=2, at=8192, pause_s=0.02)]
+    command = [sys.executable, *REAL, "pull", REPO, "--mirror", hub.url, "--to", str(tmp_path / "a"), "--yes", "--json"]
+    partial = tmp_path / "a" / f"{SHARD}.partial"
+    child = subprocess.Popen(
+        command, cwd=ROOT, env=environment(tmp_path, **clean()), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    until = time.monotonic() + 60
+    while not (partial.exists() and partial.stat().st_size > 16_384):
+        assert child.poll() is None and time.monotonic() < until, child.stderr.read()
+        time.sleep(0.005)
+    os.kill(child.pid, signal.SIGKILL)
+    child.communicate()
+    had = partial.stat().st_size
+    assert not partial.with_name(SHARD).exists() and not (tmp_path / "a" / "SHA256SUMS").exists()
+    opened = piped(tmp_path, "inspect", str(tmp_path / "a"), program=REAL, **clean())
+    assert opened.returncode == 2
+    hub.asked.clear()
+    hub.faults = []
+    again = pulling(tmp_path, hub, "--yes", "--json", "--to", str(tmp_path / "a"))
+    told = json.loads(again.stdout)
+    assert again.returncode == 0 and told["there_bytes"] >= had
+    assert told["fetched_bytes"] <= told["file_bytes"] - had
+    assert same_files(source, tmp_path / "a", shards(source)) and not list((tmp_path / "a").glob("*.partial"))
+
+
+def test_ctrl_c_keeps_what_came(tmp_path, hub):
+    hub.faults = [Fault(SHARD, "slow", at=8192, pause_s=0.02)]
+    command = [sys.executable, *REAL, "pull", REPO, "--mirror", hub.url, "--to", str(tmp_path / "a"), "--yes", "--json"]
+    partial = tmp_path / "a" / f"{SHARD}.partial"
+    child = subprocess.Popen(
+        command, cwd=ROOT, env=environment(tmp_path, **clean()), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    until = time.monotonic() + 60
+    while not (partial.exists() and partial.stat().st_size > 8192):
+        assert child.poll() is None and time.monotonic() < until
+        time.sleep(0.005)
+    child.send_signal(signal.SIGINT)
+    _, said = child.communicate(timeout=60)
+    assert child.returncode == 130 and b"goes on from there" in said and b"Traceback" not in said
+    assert partial.stat().st_size > 8192
+
+
+def test_a_limit_on_the_size_of_files_is_said(tmp_path, hub):
+    code = (
+        "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))\n"
+        "from pyrosome.cli import main; main()"
+    )
+    done = pulling(tmp_path, hub, "--yes", "--to", str(tmp_path / "a"), program=("-c", code))
+    assert done.returncode == 2 and b"cannot be written (File too large)" in done.stderr, done.stderr
+    assert b"Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        (Fault("/api/", "status", status=404, headers={"X-Error-Code": "RepoNotFound"}), b"no repository of that name"),
+        (Fault(SHARD, "html"), b"text/html"),
+    ],
+)
+def test_what_fails_is_one_sentence_and_status_2(tmp_path, hub, fault, said):
+    hub.faults = [fault]
+    done = pulling(tmp_path, hub, "--yes", "--to", str(tmp_path / "a"))
+    assert done.returncode == 2 and said in done.stderr and PAGE not in done.stderr
+    assert done.stderr.startswith(b"pyrosome: ") and done.stderr.count(b"\n") == 1
+
+
+# Without a connection.
+
+
+@pytest.mark.parametrize("how", ["root", "variable"])
+def test_offline_says_what_is_there_and_what_is_missing(tmp_path, hub, source, how):
+    target = str(tmp_path / "a")
+    pulling(tmp_path, hub, "--yes", "--json", "--to", target)
+    (tmp_path / "a" / SHARD).unlink()
+    hub.asked.clear()
+    before = ["--offline"] if how == "root" else []
+    changes = {"PYROSOME_OFFLINE": "1"} if how == "variable" else {}
+    done = piped(tmp_path, *before, "pull", REPO, "--mirror", hub.url, "--to", target, program=REAL,
+                 **clean(**changes))  # fmt: skip
+    assert done.returncode == 2 and hub.asked == []
+    assert f"missing {SHARD}" in done.stdout.decode() and "9 of 10 files are there and right" in done.stdout.decode()
+    assert b"pyrosome pull" in done.stderr
+
+
+def test_offline_is_content_with_a_whole_checkpoint(tmp_path, hub):
+    pulling(tmp_path, hub, "--yes", "--json", "--to", str(tmp_path / "a"))
+    hub.asked.clear()
+    done = pulling(tmp_path, hub, "--offline", "--json", "--to", str(tmp_path / "a"))
+    told = json.loads(done.stdout)
+    assert done.returncode == 0 and told["ok"] and set(told["files"].values()) == {"right"} and hub.asked == []
+
+
+# Names of repositories elsewhere.
+
+
+@pytest.mark.parametrize("command", [("inspect",), ("run", "-p", "x")])
+def test_a_name_that_was_not_pulled_says_how_to(tmp_path, command):
+    done = piped(tmp_path, command[0], "deepseek-ai/DeepSeek-V4-Flash", *command[1:], program=REAL, **clean())
+    assert done.returncode == 2 and b"`pyrosome pull deepseek-ai/DeepSeek-V4-Flash`" in done.stderr
+
+
+def test_a_name_that_was_pulled_in_part_says_how_to_go_on(tmp_path, hub):
+    hub.faults = [Fault(SHARD, "html", times=10**9)]
+    place = tmp_path / "data/pyrosome/models" / REPO
+    place.mkdir(parents=True)
+    (place / ".pull.json").write_text("{}")
+    done = piped(tmp_path, "inspect", REPO, program=REAL, **clean(XDG_DATA_HOME=str(tmp_path / "data")))
+    assert done.returncode == 2 and b"in part" in done.stderr and f"`pyrosome pull {REPO}`".encode() in done.stderr
