@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
+import sys
 from collections.abc import Collection, Iterator
 
 from pyrosome.checkpoint.index import open_checkpoint
@@ -38,6 +39,14 @@ def chosen(only: Collection[str] | None = None, skip: Collection[str] = ()) -> l
 
 def run(wanted: Wanted, names: Collection[str]) -> Iterator[Finding]:
     """What the named checks find, as they find it.  What goes wrong inside a check is a finding too."""
+    try:
+        yield from _each(wanted, names)
+    finally:
+        if loaded := sys.modules.get("pyrosome.verify.subject"):  # a model that several checks shared
+            loaded.release()
+
+
+def _each(wanted: Wanted, names: Collection[str]) -> Iterator[Finding]:
     unreadable = functools.cache(lambda: _unreadable(wanted.model))  # files may change between one run and the next
     for name in names:
         if name not in WITHOUT_WEIGHTS and (why_not := unreadable()):
