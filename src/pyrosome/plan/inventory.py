@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Literal, get_args
 
-from pyrosome.checkpoint.index import BUILTIN, CheckpointIndex, open_checkpoint
+from pyrosome.checkpoint.index import BUILTIN, REPO, CheckpointIndex, open_checkpoint
 from pyrosome.checkpoint.names import DTYPE_BYTES, IGNORED, Kind, expected_tensors, official_storage, scale_name
 from pyrosome.config import ModelConfig
 from pyrosome.errors import CheckpointError, PlanError, RequestError
@@ -121,12 +121,12 @@ class Model:
                 f"weights {weights!r} were asked for with {name}, whose headers say what it stores; leave them "
                 f"out, or name one of {known}"
             )
-        if not name.startswith(BUILTIN) and not Path(name).expanduser().exists():
+        if not name.startswith(BUILTIN) and not REPO.fullmatch(name) and not Path(name).expanduser().exists():
             raise CheckpointError(
                 f"{name} is neither a file nor a known model; give {known}, the directory of a checkpoint, a single "
                 ".safetensors file, or builtin:nano"
             )
-        return _from_headers(open_checkpoint(name), name)
+        return from_headers(open_checkpoint(name), name)
 
     @property
     def num_stored_stages(self) -> int:
@@ -242,7 +242,12 @@ def _preset(name: str, weights: str) -> Model:
     return Model.of(ModelConfig.preset(name), PRESET_STAGES[name], weights, name)
 
 
-def _from_headers(index: CheckpointIndex, name: str) -> Model:
+def from_headers(index: CheckpointIndex, name: str) -> Model:
+    """What is planned for, of headers that need not lie on this machine.
+
+    Raises:
+        CheckpointError: they are not those of a whole checkpoint.
+    """
     index.check().raise_if_bad()
     found = {}
     for stored, info in index.tensors.items():
