@@ -30,7 +30,7 @@ OFFICIAL = {"quantization": OFFICIAL_QUANTIZATION, "expert_dtype": "fp4"}
 # The official rows (heads of 512, rotary 64, index keys of 128, window 128) between narrow matrices.
 NARROW = ModelConfig.preset(
     "flash", hidden_size=128, moe_intermediate_size=64, num_hidden_layers=3, compress_ratios=(0, 4, 128, 0),
-    num_attention_heads=4, q_lora_rank=96, o_groups=2, o_lora_rank=64, index_n_heads=8, n_routed_experts=16,
+    num_attention_heads=4, q_lora_rank=96, o_groups=2, o_lora_rank=40, index_n_heads=8, n_routed_experts=16,
     num_experts_per_tok=2, num_hash_layers=1, vocab_size=320,
 )  # fmt: skip
 SHAPES = {"tiny": tiny(**OFFICIAL), "narrow": NARROW}

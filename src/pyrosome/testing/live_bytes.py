@@ -31,7 +31,8 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        given = {t.untyped_storage().data_ptr() for t in _tensors((args, kwargs))}
+        fresh = func is torch.ops.aten.lift_fresh.default  # made of numbers of Python, by no operation before this one
+        given = set() if fresh else {t.untyped_storage().data_ptr() for t in _tensors((args, kwargs))}
         for tensor in _tensors(out):
             storage = tensor.untyped_storage()
             if storage.nbytes() and storage.data_ptr() not in given and not self._is_known(storage.data_ptr()):

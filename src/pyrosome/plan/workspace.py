@@ -1,0 +1,505 @@
+"""Transient bytes of one step on the native CPU kernels: what is alive at its peak, phase by phase.
+
+A step is walked through as `Runner.step` runs it: every tensor is made and dropped in the code's own order, large ones
+in blocks that are lent again (`ops.workspace`), and beside them is the scratch that the C++ takes (`scratch.py`).
+Shape letters: T tokens in step, B spans, J residual streams, D model dim, H heads, C head dim, K rows chosen, N rows at
+hand.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from pyrosome.cache.streams import (
+    PAGE_ROWS,
+    StreamSpec,
+    check_kv_format,
+    draft_streams,
+    layer_streams,
+    pages_for,
+)
+from pyrosome.config import CSA_RATIO, ModelConfig
+from pyrosome.errors import PlanError, RequestError
+from pyrosome.plan.scratch import scratch_bytes
+
+LEAST_LENT = 4 << 20  # bytes of a tensor that memory is kept for (`ops.workspace`)
+INDEX_ROWS, INDEX_ELEMENTS = 8192, 1 << 20  # scored at once (`ops.index_topk`)
+FINITE_ROWS = 256  # of streams looked at together for what is no number (`engine.runner`)
+CONTEXT_GRAIN = 512  # tokens that the bound of a step of single tokens is rounded up to (`engine.graphs`)
+NUMERICS = ("exact", "trained")
+
+
+@dataclasses.dataclass(frozen=True)
+class Workspace:
+    """Bytes of one step beside weights and cache."""
+
+    tensor_bytes: int  # at the peak, blocks that are kept for the next tensor included
+    scratch_bytes: int  # of the C++, on all threads
+    phases: dict[str, int]  # tensor bytes at the most, by what is computed
+
+    @property
+    def total_bytes(self) -> int:
+        return self.tensor_bytes + self.scratch_bytes
+
+    @property
+    def peak(self) -> str:
+        """What is computed when most is alive."""
+        return max(self.phases, key=self.phases.__getitem__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Spans:
+    """A step: (first position, tokens) of each span, and what decides shapes beside them.
+
+    Raises:
+        RequestError: no span, one without a token, or a position beyond `max_context`.
+        PlanError: a form or numerics that is not the native CPU kernels'.
+        CheckpointError: the shape cannot be stored in `kv_format`.
+    """
+
+    config: ModelConfig
+    spans: tuple[tuple[int, int], ...]
+    max_context: int  # of the pool: its page tables are as wide
+    kv_format: str = "fp8"
+    numerics: str = "trained"
+    form: str = "tiles"  # of the weights: "tiles" or "float32"
+    quantised: bool = True  # whether projections are stored in FP8: "float32" hides it, and inputs are rounded the same
+    every_row: bool = False  # logits of every token, not of each span's last
+    num_drafts: int = 0  # that one step may verify: rings are longer by so many
+    has_drafts: bool = False  # an MTP stage stands beside the trunk
+    ranks: int = 1  # that share the routed experts
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        if self.form not in ("tiles", "float32"):
+            raise PlanError(
+                f"the workspace of form {self.form!r} was asked for; planned are those of the CPU kernels, tiles and "
+                "float32: on other devices measure one step"
+            )
+        if self.numerics not in NUMERICS:
+            raise PlanError(f"numerics {self.numerics!r} was asked for; planned are {', '.join(NUMERICS)}")
+        check_kv_format(self.config, self.kv_format)
+        for name in ("max_context", "ranks", "threads"):
+            _at_least(name, getattr(self, name), 1)
+        _at_least("num_drafts", self.num_drafts, 0)
+        if not self.spans:
+            raise RequestError("a step without spans was to be planned; give the first position and tokens of each")
+        for start, tokens in self.spans:
+            _at_least("a span's first position", start, 0)
+            _at_least("a span's tokens", tokens, 1)
+            if start + tokens > self.max_context:
+                raise RequestError(
+                    f"a span of {tokens} tokens at position {start} was to be planned, and the context has "
+                    f"{self.max_context} tokens; raise it, or plan shorter spans"
+                )
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(tokens for _, tokens in self.spans)
+
+    @property
+    def context(self) -> int:
+        """The bound on positions that the step's shapes follow."""
+        bound = max(start + tokens for start, tokens in self.spans)
+        if any(tokens > 1 for _, tokens in self.spans):
+            return bound
+        return min(-(-bound // CONTEXT_GRAIN) * CONTEXT_GRAIN, self.max_context)  # steps of one shape share a capture
+
+    def num_emits(self, ratio: int) -> int:
+        """Compressed rows that end in the step."""
+        return sum((start + tokens) // ratio - start // ratio for start, tokens in self.spans)
+
+    def num_rows(self, ratio: int) -> int:
+        """Rows of one sequence that the step's shapes leave room for."""
+        return min(self.context // ratio, pages_for(self.max_context, ratio) * PAGE_ROWS)
+
+
+def _at_least(name: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise RequestError(f"{name} is {value!r}; a whole number of at least {least} was expected")
+
+
+def prompt_step(config: ModelConfig, tokens: int, context: int, **more: object) -> Workspace:
+    """Workspace of the last step of one prompt of `context` tokens, computed `tokens` at a time."""
+    _at_least("tokens", tokens, 1)
+    _at_least("context", context, 1)
+    count = min(tokens, context)
+    return step_workspace(Spans(config, ((context - count, count),), context, **more))  # type: ignore[arg-type]
+
+
+def decode_step(config: ModelConfig, sequences: int, context: int, **more: object) -> Workspace:
+    """Workspace of a step of one token of each of so many sequences, the last of `context` tokens."""
+    _at_least("sequences", sequences, 1)
+    _at_least("context", context, 1)
+    return step_workspace(Spans(config, ((context - 1, 1),) * sequences, context, **more))  # type: ignore[arg-type]
+
+
+def step_workspace(spans: Spans) -> Workspace:
+    """What a step takes once the engine has run others like it, whose blocks are kept."""
+    memory = Memory()
+    _Walk(spans, memory).run()
+    phases = dict(memory.phases)  # of a step without kept blocks: what each takes itself
+    _Walk(spans, memory).run()
+    return Workspace(memory.peak, scratch_bytes(spans), phases)
+
+
+def captured_bytes(spans: Spans) -> int:
+    """What one captured step keeps (`engine.graphs`): everything that its layers and the head made, dropped or not.
+
+    A step of up to 64 single tokens is captured when its shape comes a second time, and 48 captures are kept.
+    """
+    memory = Memory(keeps_all=True)
+    _Walk(spans, memory).capture()
+    return memory.now
+
+
+@dataclasses.dataclass(slots=True)
+class Held:
+    """Memory of one tensor; `room` is that of the block it was lent, 0 for memory of its own."""
+
+    num_bytes: int
+    room: int = 0
+
+
+class Memory:
+    """What is alive, and the most there ever was, by phase."""
+
+    def __init__(self, *, keeps_all: bool = False) -> None:
+        self.keeps_all = keeps_all  # nothing that was made is ever dropped
+        self.now = self.peak = 0
+        self.phase = ""
+        self.phases: dict[str, int] = {}
+        self._free: dict[int, int] = {}  # blocks by size
+
+    def make(self, *shape: int, size: int = 4) -> Held:
+        """A tensor of elements of `size` bytes."""
+        held = Held(size)
+        for n in shape:
+            held.num_bytes *= n
+        self._grow(held.num_bytes)
+        return held
+
+    def lend(self, *shape: int) -> Held:
+        """A float32 tensor by `ops.workspace.empty`: a large one in a block that may have been used before."""
+        num_bytes = 4
+        for n in shape:
+            num_bytes *= n
+        if num_bytes < LEAST_LENT:
+            return self.make(num_bytes, size=1)
+        fits = [room for room, count in self._free.items() if count and num_bytes <= room <= num_bytes * 3 // 2]
+        if fits:
+            room = min(fits)
+            self._free[room] -= 1
+            return Held(num_bytes, room)
+        step = 1 << (num_bytes.bit_length() - 4)
+        room = -(-num_bytes // step) * step
+        self._grow(room)
+        return Held(num_bytes, room)
+
+    def drop(self, *held: Held) -> None:
+        """The tensors are gone; what was lent stays, for the next."""
+        for h in held if not self.keeps_all else ():
+            if h.room:
+                self._free[h.room] = self._free.get(h.room, 0) + 1
+            else:
+                self.now -= h.num_bytes
+
+    def passing(self, *shape: int, size: int = 4) -> None:
+        """A tensor that is gone at once, kept by nobody."""
+        held = self.make(*shape, size=size)
+        self.now -= held.num_bytes
+
+    def _grow(self, num_bytes: int) -> None:
+        self.now += num_bytes
+        self.peak = max(self.peak, self.now)
+        self.phases[self.phase] = max(self.phases.get(self.phase, 0), self.now)
+
+
+class _Walk:
+    """One step from its beginning to its end."""
+
+    def __init__(self, spans: Spans, memory: Memory) -> None:
+        self.spans, self.config, self.memory = spans, spans.config, memory
+        self.T, self.B = spans.num_tokens, len(spans.spans)
+        self.derived: dict[tuple[object, ...], list[Held]] = {}  # what layers share, kept as long as the step
+
+    def run(self) -> None:
+        """`Runner.step`."""
+        m, c = self.memory, self.config
+        m.phase = "step"
+        packed = m.make(3 * self.T + 4 * self.B, size=8)
+        streams = self._trunk()
+        logits = self._logits(streams)
+        m.phase = "check"
+        before = []
+        if self.spans.has_drafts:
+            hidden = self._rings(draft_streams(c, self.spans.kv_format))["draft_hidden"]
+            before = [m.make(self.B, hidden, c.hc_mult * c.hidden_size)]
+            self._place(hidden)
+        m.passing(min(self.T, FINITE_ROWS), c.hc_mult * c.hidden_size)
+        m.drop(packed, streams, *logits, *before, *(h for made in self.derived.values() for h in made))
+
+    def capture(self) -> None:
+        """`engine.graphs.capture`: streams before the first layer, and all that is made after."""
+        self.memory.make(3 * self.T + 4 * self.B, size=8)
+        self._logits(self._trunk())
+
+    def _trunk(self) -> Held:
+        m, c, T = self.memory, self.config, self.T
+        turns = [m.make(T, c.qk_rope_head_dim)]  # unit complex numbers: half as many, of 8 bytes
+        ratios = sorted({r for r in c.layer_ratios if r})
+        if ratios:
+            turns.append(m.make(T, c.qk_rope_head_dim))
+        for ratio in ratios:
+            rows = self.spans.num_emits(ratio)
+            self._once("emit", ratio, sizes=[rows + 1, rows + 1, rows, rows] if rows else [])
+            turns.append(m.make(rows, c.qk_rope_head_dim))
+        m.phase = "embedding"
+        streams = m.make(T, c.hc_mult, c.hidden_size)
+        m.passing(T, c.hidden_size)
+        scores: list[Held] = []
+        for layer, ratio in enumerate(c.layer_ratios):
+            streams = self._block(streams, layer, ratio, scores)
+        m.drop(*turns, *scores)
+        return streams
+
+    def _block(self, streams: Held, layer: int, ratio: int, scores: list[Held]) -> Held:
+        """`Block.forward`; the caller holds the streams until it has the new ones."""
+        m, (T, J, D) = self.memory, (self.T, self.config.hc_mult, self.config.hidden_size)
+        m.phase = "hyper-connections"
+        sub = self._read_streams()
+        out = self._attention(ratio, scores)
+        m.phase = "hyper-connections"
+        turned, next_sub = m.lend(T, J, D), self._read_streams()
+        m.drop(*sub)
+        done = self._moe(layer)
+        m.drop(out)
+        m.phase = "hyper-connections"
+        new = m.lend(T, J, D)
+        m.drop(turned, *next_sub, done, streams)
+        return new
+
+    def _read_streams(self) -> list[Held]:
+        """What a sub-block reads, and how its output goes back."""
+        m, (T, J, D) = self.memory, (self.T, self.config.hc_mult, self.config.hidden_size)
+        return [m.lend(T, D), m.make(T, J), m.make(T, J, J)]
+
+    def _attention(self, ratio: int, scores: list[Held]) -> Held:
+        m, c, s, T = self.memory, self.config, self.spans, self.T
+        H, C, narrow = c.num_attention_heads, c.head_dim, s.kv_format != "f32"
+        rings = self._rings(layer_streams(c, ratio, s.kv_format))
+        m.phase = "attention: projections"
+        widths = [c.q_lora_rank, C, *_compressed_widths(c, ratio)]
+        latent, row, *inputs = [m.lend(T, n) for n in widths]
+        raised = m.lend(T, H, C)
+        index_q = [m.lend(T, c.index_n_heads, c.index_head_dim)] if ratio == CSA_RATIO else []
+        q = m.lend(T, H, C)
+        m.drop(raised)
+        normed = m.lend(T, C)
+        m.drop(row)
+        row = normed
+        if narrow:
+            row = m.make(T, C)
+            m.drop(normed)
+        self._window_index(rings["window_kv"])
+        held = [latent, *inputs, *index_q]
+        if ratio:
+            self._compressor(C, ratio, rings["tail"])
+        if ratio == CSA_RATIO:
+            scores += self._indexer(rings["index_tail"])
+        elif ratio:
+            self._all_rows(ratio)
+        m.phase = "attention"
+        if narrow:
+            o = m.lend(T, H, C)
+        else:
+            o, united = self._attention_over_floats(ratio, rings["window_kv"])
+            held.append(united)
+        m.drop(q)
+        self._place(rings["window_kv"])
+        m.phase = "attention: output"
+        z, out = m.lend(T, c.o_groups, c.o_lora_rank), m.lend(T, c.hidden_size)
+        m.drop(row, o, z, *held)
+        return out
+
+    def _rings(self, streams: Sequence[StreamSpec]) -> dict[str, int]:
+        return {s.name: s.ring_rows(self.spans.num_drafts) for s in streams if not s.is_history}
+
+    def _compressor(self, width: int, ratio: int, ring_rows: int) -> None:
+        """`Compressor.forward`, and its rows in their pages: by then they are not needed any more."""
+        m, rows = self.memory, self.spans.num_emits(ratio)
+        made = m.make(rows, width)
+        self._place(ring_rows)
+        if rows:
+            self._once("place", ratio, sizes=[rows])
+        self._once("pages", ratio, sizes=[self.B * pages_for(self.spans.max_context, ratio)])
+        m.drop(made)
+
+    def _indexer(self, ring_rows: int) -> list[Held]:
+        """`Indexer.forward`: what it returns is kept until the last layer is done."""
+        m, c, s, T = self.memory, self.config, self.spans, self.T
+        m.phase = "indexer"
+        rows, N = s.num_emits(CSA_RATIO), s.num_rows(CSA_RATIO)
+        K = min(c.index_topk, N)
+        pooled = m.make(rows, c.index_head_dim)
+        self._place(ring_rows)
+        key = m.lend(rows, c.index_head_dim)
+        m.drop(pooled)
+        q, weight = m.lend(T, c.index_n_heads, c.index_head_dim), m.make(T, c.index_n_heads)
+        self._once("visible", CSA_RATIO, sizes=[T])
+        choice = [m.make(T, K), m.make(T, K, size=8)] if s.kv_format == "fp8" else self._index_over_floats(N, K)
+        m.drop(key, q, weight)
+        return choice
+
+    def _index_over_floats(self, N: int, K: int) -> list[Held]:
+        """The definition of `index_topk`, which reads keys of any format as floats."""
+        m, c, T = self.memory, self.config, self.T
+        if not K:
+            return []
+        kept: list[Held] = []  # of the last tile and range of rows, until the function ends
+        best: list[Held] = []
+        for low in range(0, N, INDEX_ROWS):
+            n = min(INDEX_ROWS, N - low)
+            numbers, keys = m.make(n, size=8), self._decoded(self.B * n, c.index_head_dim)
+            m.drop(*kept)
+            kept = [numbers, keys]
+            parts: list[Held] = []
+            last: list[Held] = []
+            ranked: list[Held] = []
+            tile = max(1, INDEX_ELEMENTS // (c.index_n_heads * n))
+            for _, tokens in self.spans.spans:
+                for first in range(0, tokens, tile):
+                    rows = min(tile, tokens - first)
+                    score = m.make(rows, n)
+                    m.drop(*last)
+                    last, rank = [score], m.make(rows, n, size=8)
+                    m.passing(rows, n, size=24)  # bits, their order, and it moved up: beside the rank they become
+                    m.drop(*ranked)
+                    if low:
+                        joined = m.make(rows, n + min(K, low), size=8)
+                        m.drop(rank)
+                        rank = joined
+                    if n + min(K, low) > K:
+                        parts.append(m.make(rows, K, size=8))
+                        m.passing(rows, K, size=8)
+                        ranked = [rank]
+                    else:
+                        parts.append(rank)
+            joined = m.make(T, min(K, low + n), size=8)
+            m.drop(*best)
+            best, kept = [joined], [*kept, *parts, *last, *ranked]
+        index = m.make(T, K, size=16)  # sorted: which, and in what order
+        m.passing(T, K, size=8)
+        m.passing(T, K, size=33)  # scores that are read out of ranks again
+        choice = [m.make(T, K), m.make(T, K, size=8)]
+        m.drop(index, *best, *kept)
+        return choice
+
+    def _decoded(self, rows: int, width: int) -> Held:
+        """Rows of pages as floats."""
+        m = self.memory
+        if self.spans.kv_format == "f32":
+            return m.make(rows, width)
+        stored = m.make(rows, width, size=2)
+        wide = m.make(rows, width)
+        m.drop(stored)
+        return wide
+
+    def _attention_over_floats(self, ratio: int, ring_rows: int) -> tuple[Held, Held]:
+        """The definition of `attention` over float32 rows: (its output, the window's rows, kept with their view)."""
+        m, c, s, T = self.memory, self.config, self.spans, self.T
+        H, C = c.num_attention_heads, c.head_dim
+        parts = [m.make(T, H, C), m.make(T, H)]
+        ring = m.make(self.B, ring_rows, C)
+        united = m.make(1 + self.B * ring_rows + T, C)
+        m.drop(ring)
+        m.passing(T, c.sliding_window, size=8)
+        if ratio:
+            N = s.num_rows(ratio)
+            K = min(c.index_topk, N) if ratio == CSA_RATIO else s.context // ratio
+            parts += [m.make(T, H, C), m.make(T, H)]
+            m.drop(*self._rows_read(N, K))
+        o = m.make(T, H, C)
+        m.drop(*parts)
+        return o, united
+
+    def _rows_read(self, N: int, K: int) -> list[Held]:
+        """`PagedRows.read`: all rows of the step's sequences, where that is fewer than K of each token; and which."""
+        m, C, T = self.memory, self.config.head_dim, self.T
+        if not K:
+            return []
+        read = m.make(min(self.B * N, T * K), C)
+        if self.B * N <= T * K:
+            whole = m.make(1 + self.B * N, C)
+            m.drop(read)
+            read = whole
+        return [read, m.make(T, K, size=8)]
+
+    def _moe(self, layer: int) -> Held:
+        m, c, T = self.memory, self.config, self.T
+        m.phase = "experts"
+        if c.is_hash(layer):
+            self._once("picked", layer, sizes=[T * c.num_experts_per_tok])
+        route = [m.make(T, c.num_experts_per_tok, size=8), m.make(T, c.num_experts_per_tok)]
+        routed = m.lend(T, c.hidden_size)
+        if self.spans.ranks > 1:
+            routed = self._sum_of_ranks(routed)
+        out = m.lend(T, c.hidden_size)
+        m.drop(routed, *route)
+        return out
+
+    def _sum_of_ranks(self, part: Held) -> Held:
+        """`Mesh.sum`: every rank's part, added as a tree."""
+        m, size, shape = self.memory, self.spans.ranks, (self.T, self.config.hidden_size)
+        parts = m.make(size, *shape)
+        while size > 1:
+            size //= 2
+            sums = m.make(size, *shape)
+            m.drop(parts)
+            parts = sums
+        m.drop(part)
+        return parts
+
+    def _logits(self, streams: Held) -> list[Held]:
+        m, c = self.memory, self.config
+        m.phase = "logits"
+        rows = self.T if self.spans.every_row else self.B
+        at = m.make(rows, size=8)
+        picked = [] if rows == self.T else [m.make(rows, c.hc_mult, c.hidden_size)]
+        collapsed, logits = m.make(rows, c.hidden_size), m.lend(rows, c.vocab_size)
+        m.drop(*picked, collapsed)
+        return [at, logits]
+
+    # What depends on the step alone is derived once, and kept as long as it.
+
+    def _once(self, *key: object, sizes: Sequence[int]) -> None:
+        if key not in self.derived:
+            self.derived[key] = [self.memory.make(n, size=8) for n in sizes]
+
+    def _place(self, ring_rows: int) -> None:
+        """Where each token's row of a ring is written: slot, row, and both as one number."""
+        self._once("ring", ring_rows, sizes=[self.T] * 3)
+
+    def _window_index(self, ring_rows: int) -> None:
+        if ("window", ring_rows) in self.derived:
+            return
+        self.memory.passing(self.T, self.config.sliding_window, size=5 * 8 + 1)
+        self._once("window", ring_rows, sizes=[self.T * self.config.sliding_window])
+
+    def _all_rows(self, ratio: int) -> None:
+        self._once("visible", ratio, sizes=[self.T])
+        if ("rows", ratio) in self.derived:
+            return
+        self.memory.phase = "attention: all rows"
+        self._once("rows", ratio, sizes=[self.T * (self.spans.context // ratio)])
+        self.memory.passing(self.T, self.spans.context // ratio, size=1)
+
+
+def _compressed_widths(config: ModelConfig, ratio: int) -> list[int]:
+    """Widths of what a layer's compressors and indexer read of its input."""
+    if not ratio:
+        return []
+    own = config.head_dim * (2 if ratio == CSA_RATIO else 1)
+    index = [2 * config.index_head_dim] * 2 + [config.index_n_heads] if ratio == CSA_RATIO else []
+    return [own, own, *index]
