@@ -12,7 +12,8 @@ from pyrosome.plan.layout import MODES, Layout, Placement
 from pyrosome.plan.memory import Site, fits, places, step_tokens
 from pyrosome.plan.plan import Asked, Place
 
-GIB = 1 << 30
+GIB, GB = 1 << 30, 10**9
+ENDLESS = 1 << 60  # bytes, to see how many are needed
 MAX_SESSIONS = 1_000_000
 MAX_DEVICES = 64  # that are looked at when more are needed
 LEAST_STEP_TOKENS = 256
@@ -22,7 +23,7 @@ LEAST_STEP_TOKENS = 256
 class Change:
     """One thing that could be otherwise, and then it fits; one unit less and it does not."""
 
-    what: str  # "step_tokens", "csa_host", "mode", "kv_format", "sessions", "context", "ram" or "devices"
+    what: str  # "step_tokens", "csa_host", "mode", "kv_format", "sessions", "context", "ram", "nvme" or "devices"
     text: str
     asked: Asked
     layout: Layout
@@ -92,15 +93,15 @@ def place_experts(asked: Asked, layout: Layout) -> Placement:
     if _on_devices(asked, layout, everything, 1):
         return everything
     for sessions in dict.fromkeys((asked.sessions, 1)):
-        if found := _spread(asked, layout, sessions, with_ram=True):
+        if found := _spread(asked, layout, sessions):
             return found
     return everything
 
 
-def _spread(asked: Asked, layout: Layout, sessions: int, *, with_ram: bool) -> Placement | None:
+def _spread(asked: Asked, layout: Layout, sessions: int) -> Placement | None:
     """The placement with the most experts on the devices, then the most in RAM."""
     E, csa, machine = asked.model.config.n_routed_experts, asked.csa_host, asked.machine
-    apart = machine.device.kind == "gpu" and with_ram and machine.ram_bytes > 0
+    apart = machine.device.kind == "gpu" and machine.ram_bytes > 0
 
     def on_device(k: int) -> bool:
         return _on_devices(asked, layout, Placement.of(k, 0, E, csa_on_host=csa), sessions)
@@ -114,7 +115,7 @@ def _spread(asked: Asked, layout: Layout, sessions: int, *, with_ram: bool) -> P
         return all(p.free_bytes >= 0 for p in found if p.name == "RAM")
 
     far = max(0, most(in_ram, 0, E - near)) if apart else 0
-    if near + far < E and not machine.nvme_bytes:
+    if near + far < E and not (machine.nvme_bytes and machine.nvme_read_bytes_s > 0):
         return None
     placement = Placement.of(near, far, E, csa_on_host=csa)
     return placement if fits(places(asked, layout, placement, sessions)) else None
@@ -146,7 +147,7 @@ def changes(asked: Asked, layout: Layout, placement: Placement) -> list[Change]:
     """Single changes that make it fit, the least harmful first.
 
     The order: a prompt that is computed in smaller steps; CSA rows in host memory; another mode; another format of
-    rows; fewer sessions; a shorter context; experts in more RAM; more devices.
+    rows; fewer sessions; a shorter context; experts in more RAM; experts in files; more devices.
     """
     looks = (
         _smaller_steps,
@@ -164,7 +165,9 @@ def changes(asked: Asked, layout: Layout, placement: Placement) -> list[Change]:
 def told(found: Sequence[Change]) -> str:
     """The changes in one sentence."""
     if not found:
-        return f"no single change makes it fit, up to {MAX_DEVICES} such devices; take larger ones"
+        return (
+            f"no single change makes it fit, {MAX_DEVICES} such devices not either; take larger ones, or ask for less"
+        )
     *others, last = [c.text for c in found]
     return f"it fits with {', or '.join([', '.join(others), last]) if others else last}"
 
@@ -193,7 +196,7 @@ def _rows_on_host(asked: Asked, layout: Layout, placement: Placement) -> Iterato
         return
     text = "CSA rows in host memory (--csa-host)"
     if not fits(where):
-        needed = _up(sum(p.used_bytes for p in where if p.name == "RAM"))
+        needed = math.ceil(sum(p.used_bytes for p in where if p.name == "RAM") / GIB)
         changed = dataclasses.replace(changed, machine=dataclasses.replace(asked.machine, ram_bytes=needed * GIB))
         text = f"CSA rows in host memory, of which {needed:,} GiB are needed (--csa-host --ram {needed}G)"
         if not _fit(changed, layout, moved):
@@ -249,45 +252,76 @@ def _shorter(asked: Asked, layout: Layout, placement: Placement) -> Iterator[Cha
 
 def _more_ram(asked: Asked, layout: Layout, placement: Placement) -> Iterator[Change]:
     """Experts in as much RAM as it takes, in whole GiB; of a machine without accelerators, more of its memory."""
-    machine, kind = asked.machine, asked.machine.device.kind
-    everything = Placement(csa_on_host=placement.csa_on_host)
-    if kind == "unified" or (kind == "gpu" and _on_devices(asked, layout, everything, 1)):
-        return  # experts are moved away only where the devices do not hold them beside one session
-    spread, site = placement, asked
-    if kind == "gpu":
-        endless = dataclasses.replace(asked, machine=dataclasses.replace(machine, ram_bytes=1 << 60))
-        found = _spread(endless, layout, asked.sessions, with_ram=True)
-        if found is None:
-            return
-        spread, site = found, endless
-    elif placement.experts_on_nvme:
+    machine = asked.machine
+    endless = dataclasses.replace(asked, machine=dataclasses.replace(machine, ram_bytes=ENDLESS))
+    if machine.device.kind == "gpu":
+        spread = _spread_if_needed(endless, layout)
+    else:
+        spread = placement if machine.device.kind == "cpu" and not placement.experts_on_nvme else None
+    if spread is None:
         return
-    used = sum(p.used_bytes for p in places(site, layout, spread, asked.sessions) if p.name == "RAM")
-    needed = _up(used)
-    if needed * GIB <= machine.ram_bytes:
-        return
+    needed = math.ceil(_used("RAM", endless, layout, spread) / GIB)
     changed = dataclasses.replace(asked, machine=dataclasses.replace(machine, ram_bytes=needed * GIB))
-    if not _fit(changed, layout, spread):
+    if needed * GIB <= machine.ram_bytes or not _fit(changed, layout, spread):
         return
-    more = f"{gib(needed * GIB - machine.ram_bytes)} more than there are" if machine.ram_bytes else "which is not known"
-    here, there, _ = spread.counts(asked.model.config.n_routed_experts)
-    moved = f"{there} of {here + there} experts of each layer in RAM, with " if there else ""
-    yield Change("ram", f"{moved}{needed:,} GiB of RAM ({more})", changed, layout, spread)
+    _, there, _ = spread.counts(asked.model.config.n_routed_experts)
+    moved = f"{there} of {asked.model.config.n_routed_experts} experts of each layer in RAM, " if there else ""
+    more = f"{gib(needed * GIB - machine.ram_bytes)} more than there are" if machine.ram_bytes else "if it has so much"
+    yield Change("ram", f"{moved}{needed:,} GiB of RAM in all ({more})", changed, layout, spread)
+
+
+def _files(asked: Asked, layout: Layout, placement: Placement) -> Iterator[Change]:
+    """Experts that neither devices nor RAM hold, read from a drive of so many whole GB."""
+    machine = asked.machine
+    speed = machine.nvme_read_bytes_s if machine.nvme_read_bytes_s > 0 else 1.0
+    endless = dataclasses.replace(
+        asked, machine=dataclasses.replace(machine, nvme_bytes=ENDLESS, nvme_read_bytes_s=speed)
+    )
+    spread = _spread_if_needed(endless, layout)
+    if spread is None or not spread.experts_on_nvme:
+        return
+    needed = -(-_used("NVMe", endless, layout, spread) // GB)
+    changed = dataclasses.replace(
+        asked, machine=dataclasses.replace(machine, nvme_bytes=needed * GB, nvme_read_bytes_s=speed)
+    )
+    if needed * GB <= machine.nvme_bytes or not _fit(changed, layout, spread):
+        return
+    E = asked.model.config.n_routed_experts
+    there = spread.counts(E)[2]
+    yield Change(
+        "nvme", f"{there} of {E} experts of each layer read from {needed:,} GB of NVMe (--nvme {needed}G)", changed,
+        layout, spread,
+    )  # fmt: skip
+
+
+def _spread_if_needed(asked: Asked, layout: Layout) -> Placement | None:
+    """Where experts go if they do not all stay on the devices; None where those hold them beside one session."""
+    if _on_devices(asked, layout, Placement(csa_on_host=asked.csa_host), 1):
+        return None
+    return _spread(asked, layout, asked.sessions)
+
+
+def _used(name: str, asked: Asked, layout: Layout, placement: Placement) -> int:
+    return sum(p.used_bytes for p in places(asked, layout, placement, asked.sessions) if p.name == name)
 
 
 def _devices(asked: Asked, layout: Layout, placement: Placement) -> Iterator[Change]:
     machine = asked.machine
-    if machine.device.kind == "cpu":
-        return
-    everything = Placement(csa_on_host=placement.csa_on_host)
-    for count in range(machine.count + 1, MAX_DEVICES + 1):
+    if machine.device.kind == "cpu" or _on_devices(asked, layout, placement, asked.sessions):
+        return  # it is the host that lacks memory
+
+    def with_devices(count: int) -> Change | None:
         other = Layout.of(layout.mode, count)
-        if other.why_not(asked.model.config):
-            return
         changed = dataclasses.replace(asked, machine=dataclasses.replace(machine, count=count, price_usd_hour=None))
-        if _fit(changed, other, everything):
-            yield Change("devices", f"{count} devices instead of {machine.count}", changed, other, everything)
-            return
+        spread = place_experts(changed, other)
+        if not _fit(changed, other, spread):
+            return None
+        return Change("devices", f"{count} devices instead of {machine.count}", changed, other, spread)
+
+    config, more = asked.model.config, range(machine.count + 1, MAX_DEVICES + 1)
+    counts = [n for n in more if not Layout.of(layout.mode, n).why_not(config)]
+    if counts and with_devices(counts[-1]):  # else there is nothing to look for
+        yield next(change for count in counts if (change := with_devices(count)))
 
 
 def _fit(asked: Asked, layout: Layout, placement: Placement) -> bool:
@@ -311,7 +345,3 @@ def gib(num_bytes: int) -> str:
     """Bytes in GiB, exact to a MiB or so where there are few."""
     value = num_bytes / GIB
     return f"{value:,.1f} GiB" if value >= 0.095 else f"{num_bytes / (1 << 20):,.0f} MiB"
-
-
-def _up(num_bytes: int) -> int:
-    return math.ceil(num_bytes / GIB)

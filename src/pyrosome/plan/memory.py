@@ -8,16 +8,25 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 from pyrosome.plan.inventory import Form
 from pyrosome.plan.layout import Layout, Placement, share
 from pyrosome.plan.plan import Asked, Item, Place
-from pyrosome.plan.reserve import device_system_bytes, host_system_bytes, logit_bytes, step_bytes
+from pyrosome.plan.reserve import (
+    CpuStep,
+    cpu_decode_bytes,
+    cpu_prompt_bytes,
+    device_system_bytes,
+    host_system_bytes,
+    logit_bytes,
+    step_bytes,
+)
 from pyrosome.plan.rows import Cache, Parked, parked, snapshot_bytes
 from pyrosome.plan.shards import Ledger, ledger, stages, weight_bytes
 
 GPU_STEP_TOKENS, CPU_STEP_TOKENS = 8192, 2048
+ELEMENT_BYTES = 2  # of an activation on an accelerator
 MAX_DRAFTS = 3  # tokens drafted at once, where the checkpoint has a head that is loaded
 CSA_ROWS = "csa_kv"
 SNAPSHOTS = 4  # copies of its state that a session keeps: the ends of its last turns
@@ -89,14 +98,12 @@ class Site:
         layers = range(self.asked.model.config.num_hidden_layers)
         if self.layout.layers == 1:
             return [layers]
-        cache = self.cache(0)
-        on_device = range(self.counts[0])
+        cache, near = self.cache(0), range(self.counts[0])
         costs = []
         for i in layers:
-            held = sum(self.books[0].part_bytes((i,), 0, 1).values()) + sum(
-                self.books[1].experts((i,), on_device).values()
-            )
-            costs.append(held + sum(self._history(cache, (i,), 0).values()) + sum(cache.state_bytes((i,)).values()))
+            one = range(i, i + 1)
+            held = (self.books[0].part_bytes(one), self.books[1].experts(one, near), self._history(cache, one, 0))
+            costs.append(sum(sum(h.values()) for h in (*held, cache.state_bytes(one))))
         return stages(costs, self.layout.layers)
 
     def layers(self, rank: int) -> range:
@@ -124,7 +131,13 @@ class Site:
     def places(self) -> tuple[Place, ...]:
         """Every device, then RAM, then NVMe."""
         machine = self.asked.machine
-        devices = [self._device(rank) for rank in range(self.layout.ranks)]
+        alike: dict[object, Place] = {}
+        devices = []
+        for rank in range(self.layout.ranks):
+            if (sort := self._sort(rank)) not in alike:
+                alike[sort] = self._device(rank)
+            place = alike[sort]
+            devices.append(place if self.is_cpu else dataclasses.replace(place, name=f"{machine.device.name} {rank}"))
         on_host = [] if self.has_one_memory else self._on_host()
         on_disk = self._on_disk()
         if on_host:
@@ -132,6 +145,14 @@ class Site:
         if on_disk or machine.nvme_bytes:
             devices.append(Place("NVMe", machine.nvme_bytes, _items(on_disk)))
         return tuple(devices)
+
+    def _sort(self, rank: int) -> object:
+        """Ranks of one sort hold as much as another."""
+        layout = self.layout
+        if layout.tensor > 1 or layout.context > 1 or not self.books[1].is_even:
+            return rank
+        held = share(self.counts[0], rank if layout.experts > 1 else 0, layout.experts)
+        return self.sequences(rank), self.layers(rank), len(held)
 
     def _device(self, rank: int) -> Place:
         machine = self.asked.machine
@@ -149,15 +170,15 @@ class Site:
             items.append(Item("driver and allocator", "system", device_system_bytes(machine.count)))
         return Place("RAM" if self.is_cpu else f"{machine.device.name} {rank}", total, _items(items))
 
-    def weights(self, rank: int) -> Mapping[str, int]:
+    def weights(self, rank: int) -> dict[str, int]:
         """Bytes by part of what is on a rank's device."""
         book, experts = self.books
         return weight_bytes(book, self.layout, rank, self.layers(rank), self.counts[0], experts)
 
-    def _history(self, cache: Cache, layers: Iterable[int], rank: int) -> dict[str, int]:
+    def _history(self, cache: Cache, layers: range, rank: int) -> dict[str, int]:
         """History on a rank's device."""
         ranks = self.layout.context
-        found = cache.history_bytes(tuple(layers), rank if ranks > 1 else 0, ranks)
+        found = cache.history_bytes(layers, rank if ranks > 1 else 0, ranks)
         return {n: b for n, b in found.items() if not (self.placement.csa_on_host and n == CSA_ROWS)}
 
     def _rows(self, rank: int) -> list[Item]:
@@ -167,13 +188,23 @@ class Site:
         return [*items, Item("page tables", "state", cache.table_bytes())]
 
     def _step(self, rank: int) -> list[Item]:
-        a, config = self.asked, self.asked.model.config
-        element, tensor = 4 if self.is_cpu else 2, self.layout.tensor
-        prompts = -(-a.prefilling // self.layout.replicas)  # any device may get them
-        prefill = step_bytes(config, prompts * step_tokens(a), a.context, element, tensor)
-        rows = self.sequences(rank) * (1 + num_drafts(a))
-        decode = step_bytes(config, rows, a.context, element, tensor) + logit_bytes(config, rows, tensor)
+        prefill, decode = self._cpu_step() if self.is_cpu else self._gpu_step(rank)
         return [Item("prefill reserve", "reserve", prefill), Item("decode workspace", "workspace", decode)]
+
+    def _gpu_step(self, rank: int) -> tuple[int, int]:
+        a, config, tensor = self.asked, self.asked.model.config, self.layout.tensor
+        prompts = -(-a.prefilling // self.layout.replicas)  # any device may get them
+        prefill = step_bytes(config, prompts * step_tokens(a), a.context, ELEMENT_BYTES, tensor) if prompts else 0
+        rows = self.sequences(rank) * (1 + num_drafts(a))
+        decode = step_bytes(config, rows, a.context, ELEMENT_BYTES, tensor) + logit_bytes(config, rows, tensor)
+        return prefill, decode if rows else 0
+
+    def _cpu_step(self) -> tuple[int, int]:
+        a, config = self.asked, self.asked.model.config
+        about = CpuStep(a.kv_format, a.numerics, num_drafts(a), a.model.num_stages > 0)
+        tokens = min(step_tokens(a), a.context)
+        prefill = a.prefilling * cpu_prompt_bytes(config, tokens, a.context, about)
+        return prefill, cpu_decode_bytes(config, self.sessions, a.context, about)
 
     def _on_host(self) -> list[Item]:
         """What is in the memory of a host with accelerators."""

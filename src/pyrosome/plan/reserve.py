@@ -1,12 +1,17 @@
 """What a device needs beside weights and rows: a step's own numbers, the driver's, the operating system's.
 
-What an engine allocates for a step on a GPU is not the engine's to fix yet, so the formula here is an upper bound by
-phases: residual streams are there throughout, and beside them either attention's numbers or the experts'.
+On a CPU a step's own numbers are those of `plan.workspace`.  What a step takes on a GPU is up to kernels to come, so
+the formula here is an upper bound by phases: residual streams are there throughout, and beside them either
+attention's numbers or the experts'.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+
 from pyrosome.config import CSA_RATIO, ModelConfig
+from pyrosome.plan.workspace import Spans, prompt_step, step_workspace
 
 GIB = 1 << 30
 # A CUDA context with loaded kernels takes 0.3 to 0.6 GiB of a device before the first tensor.
@@ -19,6 +24,20 @@ LINK_BYTES = GIB // 4  # buffers of collective operations, where there are sever
 HOST_BYTES = 2 * GIB
 RANK_HOST_BYTES = GIB  # of host memory for each accelerator: its driver's own, and buffers that transfers go through
 SCORE_TOKENS = 256  # tokens whose index scores over the whole history are there at once
+CHOICE_BYTES = 12  # a chosen row's score and number, which every CSA layer keeps to the end of the step
+ROUNDING = 8  # memory is lent in blocks up to an eighth larger than what is asked for
+LONG_WALK = 32_768  # tokens of context
+MANY = 64  # sequences of a step; more of them take as much again for each so many
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class CpuStep:
+    """What decides a step's shapes on a CPU, beside the model and the lengths."""
+
+    kv_format: str
+    numerics: str
+    num_drafts: int
+    has_drafts: bool
 
 
 def step_bytes(config: ModelConfig, tokens: int, context: int, element_bytes: int, tensor_ranks: int = 1) -> int:
@@ -30,15 +49,53 @@ def step_bytes(config: ModelConfig, tokens: int, context: int, element_bytes: in
         tensor_ranks: devices that share heads and output groups.
     """
     c = config
-    streams = 2 * c.hc_mult * c.hidden_size  # those that go into a sub-block, and those that come out
-    heads = 2 * c.num_attention_heads * c.head_dim  # queries and what attention answers
-    index = c.index_n_heads * c.index_head_dim if CSA_RATIO in c.layer_ratios else 0
-    shared_out = heads + c.o_groups * c.o_lora_rank + index
-    attention = -(-shared_out // tensor_ranks) + c.q_lora_rank + c.head_dim
+    D, heads = c.hidden_size, c.num_attention_heads * c.head_dim
+    csa_layers = c.layer_ratios.count(CSA_RATIO)
+    index = c.index_n_heads * c.index_head_dim if csa_layers else 0
+    streams = 3 * c.hc_mult * D + 3 * D  # those that come in, turned ones, new ones; what two sub-blocks read
+    inputs = c.q_lora_rank + 2 * c.head_dim + max(_compressed_width(c, r) for r in {0, *c.layer_ratios})
+    # Queries before and after their norm, or they and what attention answers; what it is projected to.
+    cut = 2 * heads + index + c.o_groups * c.o_lora_rank
+    attention = inputs + -(-cut // tensor_ranks)
     # Each expert's gate, up and product, what went in and what comes out.  All may go to experts of one device.
-    experts = c.num_experts_per_tok * (3 * c.moe_intermediate_size + 2 * c.hidden_size)
+    experts = c.num_experts_per_tok * (3 * c.moe_intermediate_size + 2 * D)
+    numbers = tokens * element_bytes * (streams + max(attention, experts))
+    chosen = tokens * csa_layers * min(c.index_topk, context // CSA_RATIO) * CHOICE_BYTES
     scores = 4 * min(tokens, SCORE_TOKENS) * (context // CSA_RATIO) if index else 0
-    return tokens * element_bytes * (streams + max(attention, experts)) + scores
+    return numbers + numbers // ROUNDING + chosen + scores
+
+
+def _compressed_width(config: ModelConfig, ratio: int) -> int:
+    """Channels that a layer's compressors read of a token."""
+    if ratio == CSA_RATIO:
+        return 4 * (config.head_dim + config.index_head_dim) + config.index_n_heads
+    return 2 * config.head_dim if ratio else 0
+
+
+@functools.lru_cache(maxsize=256)
+def cpu_prompt_bytes(config: ModelConfig, tokens: int, context: int, about: CpuStep) -> int:
+    """Bytes of the last step of a prompt of `context` tokens on the native CPU kernels (`plan.workspace`)."""
+
+    def at(length: int) -> int:
+        return prompt_step(config, tokens, length, **dataclasses.asdict(about)).total_bytes
+
+    if about.kv_format == "fp8" or context <= LONG_WALK:
+        return at(context)
+    # Rows of floats are looked at in tiles, whose number makes the walk long; what lives grows in a line with them.
+    near, far = at(LONG_WALK // 2), at(LONG_WALK)
+    return far + -(-(context - LONG_WALK) * (far - near) // (LONG_WALK // 2))
+
+
+@functools.lru_cache(maxsize=1024)
+def cpu_decode_bytes(config: ModelConfig, sequences: int, context: int, about: CpuStep) -> int:
+    """Bytes of a step in which each sequence's last token and its drafts are computed, as `cpu_prompt_bytes`."""
+    if not sequences:
+        return 0
+    walked, length = min(sequences, MANY), min(context, LONG_WALK)  # a token more of context is a few bytes of a step
+    count = min(1 + about.num_drafts, length)
+    spans = ((length - count, count),) * walked
+    one = step_workspace(Spans(config, spans, length, every_row=True, **dataclasses.asdict(about))).total_bytes
+    return -(-sequences // walked) * one
 
 
 def logit_bytes(config: ModelConfig, rows: int, tensor_ranks: int = 1) -> int:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
 
 from pyrosome.cache.streams import BLOCK_TOKENS, PAGE_ROWS, StreamSpec, all_streams, pages_for, plan_cache
 from pyrosome.config import ModelConfig
+from pyrosome.plan.layout import share
 
+BRANCHES = "branch pages"  # pages of coarse streams for short sequences and for branches of the prefix tree
 FILE_BYTES = 4096  # that a file's size is rounded up to; an entry of the disk tier has a header of up to 2,048 bytes
 ENTRY_HEADER_BYTES = 2048
 
@@ -22,7 +23,7 @@ class Cache:
     sequences: int
     context: int
     tokens: int
-    num_drafts: int
+    num_drafts: int  # tokens that may be rejected at once: rings are longer by so many
     drafts: bool  # a draft stage is loaded and has a window of its own
 
     @classmethod
@@ -33,65 +34,74 @@ class Cache:
         """The cache that holds so many sequences to the end of their context, what they share in whole blocks once."""
         shared = shared // BLOCK_TOKENS * BLOCK_TOKENS
         tokens = shared + sequences * (context - shared) if sequences else 0
-        # A pool's history is counted in pages of the finest stream.
-        unit = PAGE_ROWS * min((s.per_tokens for _, s in streams(config, kv_format, False) if s.is_history), default=1)
+        unit = PAGE_ROWS * min((r for r in config.layer_ratios if r), default=1)  # a page of the finest stream
         return cls(config, kv_format, sequences, context, -(-tokens // unit) * unit, num_drafts, drafts)
 
-    @functools.cached_property
+    @property
     def pages(self) -> dict[int, int]:
         """Pages by tokens per row, the spare ones and those for branches of the prefix tree included."""
-        if not self.sequences:
-            return {}
-        plan = plan_cache(
-            self.config, self.kv_format, self.sequences, self.context, self.num_drafts, self.drafts, self.tokens
-        )
-        return plan.num_pages
+        return _pages(self)
 
     @property
     def cache_bytes(self) -> int:
         """The engine's option of that name that makes a pool of exactly these pages."""
-        return sum(
-            self.pages[s.per_tokens] * PAGE_ROWS * s.row_bytes
-            for _, s in streams(self.config, self.kv_format, False)
-            if s.is_history and self.pages
-        )
+        layers = range(self.config.num_hidden_layers)
+        return sum(self.history_bytes(layers).values())
 
-    def history_bytes(self, layers: Sequence[int], rank: int = 0, ranks: int = 1) -> dict[str, int]:
+    def history_bytes(self, layers: range, rank: int = 0, ranks: int = 1) -> dict[str, int]:
         """Bytes of history by stream in so many layers, "branch pages" apart.
 
         Args:
             rank: of the ranks that share every session's pages.
         """
         found: dict[str, int] = {}
-        for layer, stream in streams(self.config, self.kv_format, self.drafts):
-            if not stream.is_history or layer not in layers or not self.pages:
-                continue
-            pages = self.pages[stream.per_tokens]
-            own = min(pages, pages_for(self.tokens, stream.per_tokens) + 1)
-            for name, num in ((stream.name, own), ("branch pages", pages - own)):
-                mine = -(-num // ranks) if name == "branch pages" else _dealt(num, rank, ranks)
-                found[name] = found.get(name, 0) + mine * PAGE_ROWS * stream.row_bytes
+        if not self.sequences:
+            return found
+        for (name, ratio), row_bytes in _history_rows(self.config, self.kv_format, layers).items():
+            pages, size = self.pages[ratio], PAGE_ROWS * row_bytes
+            own = min(pages, pages_for(self.tokens, ratio) + 1)
+            found[name] = found.get(name, 0) + len(share(own, rank, ranks)) * size
+            found[BRANCHES] = found.get(BRANCHES, 0) + -(-(pages - own) // ranks) * size
         return found
 
-    def state_bytes(self, layers: Sequence[int]) -> dict[str, int]:
+    def state_bytes(self, layers: range) -> dict[str, int]:
         """Bytes of rings by sort in so many layers, the spare slot included; the draft stage is with the last layer."""
-        found: dict[str, int] = {}
-        last = self.config.num_hidden_layers - 1
-        for layer, stream in streams(self.config, self.kv_format, self.drafts):
-            if stream.is_history or min(layer, last) not in layers or not self.sequences:
-                continue
-            name = "tails" if stream.name.endswith("tail") else "draft window" if layer > last else "windows"
-            num_bytes = (self.sequences + 1) * stream.row_bytes * stream.ring_rows(self.num_drafts)
-            found[name] = found.get(name, 0) + num_bytes
-        return found
+        rings = _ring_bytes(self.config, self.kv_format, self.drafts, self.num_drafts, layers)
+        return {name: (self.sequences + 1) * n for name, n in rings.items()} if self.sequences else {}
 
     def table_bytes(self) -> int:
         """Bytes of the tables that say which pages a sequence has."""
         return sum(8 * (self.sequences + 1) * pages_for(self.context, ratio) for ratio in self.pages)
 
 
-def _dealt(pages: int, rank: int, ranks: int) -> int:
-    return -(-pages * (rank + 1) // ranks) - -(-pages * rank // ranks)
+@functools.lru_cache(maxsize=4096)
+def _pages(cache: Cache) -> dict[int, int]:
+    if not cache.sequences:
+        return {}
+    c = cache
+    return plan_cache(c.config, c.kv_format, c.sequences, c.context, c.num_drafts, c.drafts, c.tokens).num_pages
+
+
+@functools.lru_cache(maxsize=1024)
+def _history_rows(config: ModelConfig, kv_format: str, layers: range) -> dict[tuple[str, int], int]:
+    """Bytes of a row in all of these layers, by stream and tokens per row."""
+    found: dict[tuple[str, int], int] = {}
+    for layer, s in streams(config, kv_format, False):
+        if s.is_history and layer in layers:
+            found[s.name, s.per_tokens] = found.get((s.name, s.per_tokens), 0) + s.row_bytes
+    return found
+
+
+@functools.lru_cache(maxsize=1024)
+def _ring_bytes(config: ModelConfig, kv_format: str, drafts: bool, num_drafts: int, layers: range) -> dict[str, int]:
+    """Bytes of one sequence's rings in these layers, by sort."""
+    found: dict[str, int] = {}
+    last = config.num_hidden_layers - 1
+    for layer, s in streams(config, kv_format, drafts):
+        if not s.is_history and min(layer, last) in layers:
+            name = "tails" if s.name.endswith("tail") else "draft window" if layer > last else "windows"
+            found[name] = found.get(name, 0) + s.row_bytes * s.ring_rows(num_drafts)
+    return found
 
 
 @functools.lru_cache(maxsize=64)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from pyrosome.checkpoint.names import DTYPE_BYTES
 from pyrosome.plan.inventory import INT4_GROUP, Form, Model, StoredTensor, buffer_bytes, held_bytes
@@ -56,39 +56,43 @@ class Ledger:
     expert_sums: tuple[tuple[int, ...], ...]  # layer -> bytes of its first n experts, by n
     draft_sums: tuple[int, ...]  # the same of the draft stages' experts
     form: Form
-    _known: dict[tuple[int, int, int], dict[str, int]] = dataclasses.field(default_factory=dict, repr=False)
+    _known: dict[tuple[range, int, int], dict[str, int]] = dataclasses.field(default_factory=dict, repr=False)
+    _known_experts: dict[tuple[range, range], dict[str, int]] = dataclasses.field(default_factory=dict, repr=False)
 
     def layer_bytes(self, layer: int) -> int:
         """All of one layer, uncut, its experts included."""
-        beside = sum(self.part_bytes((layer,), 0, 1).values())
-        return beside + sum(self.experts((layer,), range(self.num_experts)).values())
+        one = range(layer, layer + 1)
+        return sum(self.part_bytes(one).values()) + sum(self.experts(one, range(self.num_experts)).values())
 
-    def part_bytes(self, layers: Sequence[int], rank: int, ranks: int) -> dict[str, int]:
+    def part_bytes(self, layers: range, rank: int = 0, ranks: int = 1) -> Mapping[str, int]:
         """Bytes by part of so many layers, experts aside, on one of the ranks that share every large matrix."""
-        found: dict[str, int] = {}
-        for layer in layers:
-            for part, num_bytes in self.whole[layer].items():
-                found[part] = found.get(part, 0) + num_bytes
-            for part, num_bytes in self._shards(layer, rank, ranks).items():
-                found[part] = found.get(part, 0) + num_bytes
-        return found
-
-    def experts(self, layers: Sequence[int], held: range) -> dict[str, int]:
-        """Bytes by part of a run of experts in so many layers; the draft stages' are with the last layer."""
-        found = {EXPERTS: sum(_between(self.expert_sums[layer], held) for layer in layers)}
-        if len(self.expert_sums) - 1 in layers and self.draft_sums[-1]:
-            found["draft head"] = _between(self.draft_sums, held)
-        return found
-
-    def _shards(self, layer: int, rank: int, ranks: int) -> dict[str, int]:
-        key = layer, rank, ranks
+        key = layers, rank, ranks
         if key not in self._known:
             found: dict[str, int] = {}
-            for cut in self.cuts[layer]:
-                num_bytes = held_bytes(cut.shard(rank, ranks), self.form)
-                found[cut.tensor.part] = found.get(cut.tensor.part, 0) + num_bytes
+            for layer in layers:
+                for part, num_bytes in self.whole[layer].items():
+                    found[part] = found.get(part, 0) + num_bytes
+                for cut in self.cuts[layer]:
+                    num_bytes = held_bytes(cut.shard(rank, ranks), self.form)
+                    found[cut.tensor.part] = found.get(cut.tensor.part, 0) + num_bytes
             self._known[key] = found
         return self._known[key]
+
+    def experts(self, layers: range, held: range) -> Mapping[str, int]:
+        """Bytes by part of a run of experts in so many layers; the draft stages' are with the last layer."""
+        key = layers, held
+        if key not in self._known_experts:
+            found = {EXPERTS: sum(_between(self.expert_sums[layer], held) for layer in layers)}
+            if len(self.expert_sums) - 1 in layers and self.draft_sums[-1]:
+                found["draft head"] = _between(self.draft_sums, held)
+            self._known_experts[key] = found
+        return self._known_experts[key]
+
+    @functools.cached_property
+    def is_even(self) -> bool:
+        """Whether all experts of a layer are as large as another."""
+        sums = (*self.expert_sums, self.draft_sums)
+        return all(s[n] * self.num_experts == s[-1] * n for s in sums for n in range(len(s)))
 
 
 def _between(sums: Sequence[int], held: range) -> int:
@@ -184,7 +188,7 @@ def weight_bytes(
     book: Ledger,
     layout: Layout,
     rank: int,
-    layers: Sequence[int],
+    layers: range,
     experts_on_device: int,
     experts: Ledger | None = None,
 ) -> dict[str, int]:
@@ -193,7 +197,7 @@ def weight_bytes(
     Args:
         experts: the ledger of the form that routed experts are held in, where it is another one.
     """
-    found = book.part_bytes(layers, rank if layout.tensor > 1 else 0, layout.tensor)
+    found = dict(book.part_bytes(layers, rank if layout.tensor > 1 else 0, layout.tensor))
     mine = share(experts_on_device, rank if layout.experts > 1 else 0, layout.experts)
     for part, num_bytes in (experts or book).experts(layers, mine).items():
         found[part] = found.get(part, 0) + num_bytes
