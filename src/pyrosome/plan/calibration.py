@@ -71,7 +71,7 @@ class Calibration:
     @property
     def outdated(self) -> str:
         """Why it does not hold any more; "" where it does."""
-        now = {"pyrosome": __version__, "torch": _installed("torch")}
+        now = {"pyrosome": __version__, "torch": installed("torch")}
         then = {"pyrosome": self.engine, "torch": self.torch}
         other = [f"{name} {then[name]}" for name in now if now[name] != then[name]]
         return f"it is of {' and '.join(other)}, and {_words(now)} is installed" if other else ""
@@ -81,7 +81,8 @@ def _words(versions: Mapping[str, str]) -> str:
     return ", ".join(f"{name} {version or 'none'}" for name, version in versions.items())
 
 
-def _installed(package: str) -> str:
+def installed(package: str) -> str:
+    """Its version; "" where it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
