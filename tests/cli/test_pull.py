@@ -45,7 +45,8 @@ def test_what_is_pulled_is_found_by_its_name(tmp_path, hub, source):
     place = tmp_path / ".local/share/pyrosome/models" / REPO
     said = done.stdout.decode()
     assert done.returncode == 0, done.stderr
-    assert re.search(r"release +\S+; 208 tensors of [\d,]+ bytes", said) and "bytes of KV a token" in said
+    assert re.search(r"release +preview: [\d,]+ parameters, 208 tensors of [\d,]+ bytes", said)
+    assert "bytes of KV a token" in said and re.search(r"here +a session of 8,192 tokens on .+ tok/s", said)
     assert said.splitlines()[-1].endswith(f"fetched now: {place}")
     assert same_files(source, place, shards(source))
     found = piped(tmp_path, "inspect", REPO, "--json", program=REAL, **clean())
@@ -66,7 +67,8 @@ def test_a_plan_alone_fetches_nothing(tmp_path, hub):
     done = pulling(tmp_path, hub, "--plan-only", "--json", "--to", str(tmp_path / "a"))
     told = json.loads(done.stdout)
     assert done.returncode == 0 and told["missing_bytes"] == told["file_bytes"] > 0
-    assert told["tensor_bytes"] > told["expert_bytes"] > 0 and told["free_bytes"] > 0
+    assert told["tensor_bytes"] >= told["held_bytes"] > told["expert_bytes"] > 0 and told["free_bytes"] > 0
+    assert told["plan"]["fits"] and told["plan"]["asked"]["model"]["name"] == REPO
     assert not (tmp_path / "a").exists()
 
 

@@ -62,7 +62,7 @@ def test_a_checkpoint_is_fetched_whole_and_opens(hub, source, tmp_path):
 def test_only_what_is_needed_is_fetched_and_no_program(hub, source, tmp_path):
     offer, _ = pulled(hub, tmp_path)
     there = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()}
-    assert there == {*NEEDED, *shards(source), ".pull.json", "SHA256SUMS"}
+    assert there == {*NEEDED, *shards(source), ".pull.json", ".pull.lock", "SHA256SUMS"}
     assert {f.name for f in offer.files} == {*NEEDED, *shards(source)}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import signal
 import sys
@@ -14,14 +15,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pyrosome.cli import machine
 from pyrosome.cli.terminal import BAD_INPUT, DONE, INTERRUPTED, Screen, can_style, printable, size
-from pyrosome.errors import RequestError
+from pyrosome.errors import PlanError, RequestError
 
 if TYPE_CHECKING:
     from pyrosome.hub.pull import Offer
     from pyrosome.hub.record import Record
+    from pyrosome.plan.inventory import Model
 
+CONTEXT = 131_072  # tokens of the session that is planned for
 LINE_EVERY_S = 30.0  # between two lines of progress where they cannot be written over
 
 
@@ -82,11 +84,11 @@ def _pull(
             offer = prepare(hub, revision, directory)
             report = describe(offer, hub.endpoint)
             if not as_json:
-                _print(report, screen)
+                _print(report)
+            elif plan_only:
+                typer.echo(json.dumps(report, ensure_ascii=False))
             offer.check_room()
             if plan_only:
-                if as_json:
-                    typer.echo(json.dumps(report, ensure_ascii=False))
                 return
             if not (yes or not offer.missing_bytes or _agreed(offer, screen)):
                 raise typer.Exit(DONE)
@@ -110,10 +112,12 @@ def _pull(
 def describe(offer: Offer, endpoint: str) -> dict[str, Any]:
     """Everything that is known before a pull, as plain data.  Sizes are in bytes."""
     from pyrosome.cache.streams import plan_cache
+    from pyrosome.plan.inventory import from_headers
 
-    index, c = offer.index, offer.index.config
-    experts = sum(t.nbytes for n, t in index.tensors.items() if ".ffn.experts." in n)
-    kv = plan_cache(c, "fp8", 1, c.max_position_embeddings, drafts=index.has_drafts and c.dspark is None)
+    model = from_headers(offer.index, offer.listing.repo)
+    c = model.config
+    held = sum(t.stored_bytes for t in model.held)
+    kv = plan_cache(c, "fp8", 1, c.max_position_embeddings, drafts=model.num_stages > 0)
     return {
         "repo": offer.listing.repo,
         "endpoint": endpoint,
@@ -122,42 +126,80 @@ def describe(offer: Offer, endpoint: str) -> dict[str, Any]:
         "moved_to": offer.moved,
         "path": str(offer.directory),
         "release": c.release,
-        "tensors": len(index.tensors),
-        "tensor_bytes": index.nbytes,
-        "expert_bytes": experts,
+        "parameters": model.parameters,
+        "tensors": len(offer.index.tensors),
+        "tensor_bytes": offer.index.nbytes,
+        "held_bytes": held,
+        "expert_bytes": sum(t.stored_bytes for t in model.held if t.part == "routed experts"),
+        "left_out": model.left_out,
         "kv_bytes_per_token": kv.bytes_per_token,
-        "max_context": c.max_position_embeddings,
         "files": {f.name: f.num_bytes for f in offer.files},
         "file_bytes": offer.num_bytes,
         "there_bytes": offer.there_bytes,
         "missing_bytes": offer.missing_bytes,
         "free_bytes": offer.free_bytes,
-        "memory": machine.memory(),
         "header_bytes": offer.header_bytes,
+        **_plan_here(model, offer),
     }
 
 
-def _print(r: dict[str, Any], screen: Screen) -> None:
-    memory = r["memory"]
-    experts, rest = r["expert_bytes"], r["tensor_bytes"] - r["expert_bytes"]
+def _plan_here(model: Model, offer: Offer) -> dict[str, Any]:
+    """A plan for one session on this machine; why there is none where this machine is not understood."""
+    from pyrosome.plan.hardware import machine
+    from pyrosome.plan.plan import Asked
+    from pyrosome.plan.planner import make_plan
+
+    context = min(CONTEXT, model.config.max_position_embeddings)
+    try:
+        # What is mapped is read where it is being fetched to, and has its room there.
+        here = machine(nvme=max(offer.num_bytes, offer.free_bytes + offer.there_bytes))
+        plan = make_plan(Asked(model, here, context))
+    except (PlanError, RequestError) as error:
+        return {"plan": None, "no_plan": str(error)}
+    return {"plan": dataclasses.asdict(plan), "no_plan": ""}
+
+
+def _print(r: dict[str, Any]) -> None:
+    held, experts = r["held_bytes"], r["expert_bytes"]
     lines = [
         f"{r['repo']} at {r['revision']} (commit {r['commit'][:12]}) of {r['endpoint']}",
-        f"  release  {r['release']}; {r['tensors']:,} tensors of {r['tensor_bytes']:,} bytes "
-        f"({size(r['tensor_bytes'])}), all that config.json implies",
+        f"  release  {r['release']}: {r['parameters']['trunk']:,} parameters, {r['tensors']:,} tensors of "
+        f"{r['tensor_bytes']:,} bytes ({size(r['tensor_bytes'])}), all that config.json implies",
         f"  files    {len(r['files'])} of {r['file_bytes']:,} bytes; {r['there_bytes']:,} are there, "
         f"{r['missing_bytes']:,} to fetch ({size(r['missing_bytes'])})",
         f"  disk     {size(r['free_bytes'])} free at {r['path']}",
-        f"  memory   {size(r['tensor_bytes'])} for all weights, or {size(rest)} with {size(experts)} of experts mapped "
-        f"from disk, and {r['kv_bytes_per_token']:,.1f} bytes of KV a token (FP8)",
-        f"  here     {size(memory['total'])} of memory, {size(memory['available'])} available",
-        f"known from {size(r['header_bytes'])} of headers",
+        f"  memory   {size(held)} of weights, or {size(held - experts)} with the routed experts mapped from disk; "
+        f"{r['kv_bytes_per_token']:,.1f} bytes of KV a token (FP8)",
+        f"  here     {_here(r)}",
     ]
+    if r["left_out"]:
+        lines.append(f"  note     {r['left_out']}")
+    lines.append(f"  known from {r['header_bytes']:,} bytes of headers")
     if r["moved_to"]:
         lines.insert(
             1, f"  note     {r['revision']} is at {r['moved_to'][:12]} now; this directory stays at its commit, and "
             "another one (--to) takes the new one",
         )  # fmt: skip
     typer.echo("\n".join(printable(line) for line in lines))
+
+
+def _here(r: dict[str, Any]) -> str:
+    """How one session runs on this machine, or what it lacks."""
+    plan = r["plan"]
+    if plan is None:
+        return f"not planned: {r['no_plan']}"
+    machine, context = plan["asked"]["machine"], plan["asked"]["context"]
+    asked = f"a session of {context:,} tokens on {machine['title']}"
+    if not plan["fits"]:
+        return f"{asked} does not fit: {plan['why_not']}; {plan['change']}"
+    band, how = (
+        plan["speed"]["decode_tok_s"],
+        "mapped from disk" if plan["options"]["experts"] == "mapped" else "resident",
+    )
+    return (
+        f"{asked} fits, experts {how}: {band['low']:.2g} to {band['high']:.2g} tok/s ({plan['speed']['source']}; "
+        f"limit: {plan['speed']['limit']})"
+    )
 
 
 def _agreed(offer: Offer, screen: Screen) -> bool:

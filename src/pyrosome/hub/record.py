@@ -11,6 +11,7 @@ from pyrosome.checkpoint.index import RECORD_NAME, SUMS_NAME
 from pyrosome.errors import CheckpointError, RequestError
 from pyrosome.hub.remote import RemoteFile
 
+LOCK_NAME = ".pull.lock"
 PARTIAL = ".partial"  # ends the name of a file that is not whole yet, so that no reader takes it for one
 _VERSION = 1
 
@@ -72,7 +73,7 @@ class Claim:
     """A directory that this process alone pulls into."""
 
     def __init__(self, directory: Path) -> None:
-        self._path = directory / f"{RECORD_NAME}.lock"
+        self._path = directory / LOCK_NAME
 
     def __enter__(self) -> Claim:
         import filelock  # huggingface_hub needs it too
@@ -87,5 +88,4 @@ class Claim:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._lock.release()
-        self._path.unlink(missing_ok=True)
+        self._lock.release()  # its file stays: were it removed, two processes could hold two files of that name
