@@ -10,7 +10,7 @@ from typing import Any
 
 import typer
 
-from pyrosome import __version__, log
+from pyrosome import __version__, env, log
 from pyrosome.cli import accounts, keys
 from pyrosome.cli import eval as evaluations
 from pyrosome.cli.ask import ask
@@ -18,12 +18,14 @@ from pyrosome.cli.chat import chat
 from pyrosome.cli.data import preview
 from pyrosome.cli.doctor import doctor
 from pyrosome.cli.inspect import inspect
+from pyrosome.cli.pull import pull
 from pyrosome.cli.run import run
 from pyrosome.cli.serve import serve
 from pyrosome.cli.terminal import BAD_INPUT, READER_GONE, printable
 from pyrosome.cli.train import train
 from pyrosome.cli.verify import verify
 from pyrosome.errors import PyrosomeError
+from pyrosome.hub.offline import go_offline, is_offline
 
 app = typer.Typer(help="An engine for DeepSeek-V4-Flash.", no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -54,7 +56,7 @@ def _registered(command: Callable[..., Any], to: typer.Typer = app, name: str | 
     to.command(name)(quiet)
 
 
-for _command in (run, chat, ask, serve, train, inspect, doctor, verify):
+for _command in (run, chat, ask, serve, train, inspect, pull, doctor, verify):
     _registered(_command)
 for _evaluation in (evaluations.recall, evaluations.text, evaluations.modes, evaluations.tools, evaluations.plot):
     _registered(_evaluation, _eval)
@@ -71,8 +73,15 @@ def _version(asked: bool) -> None:
 
 
 @app.callback()
-def _root(version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print it.")) -> None:
+def _root(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print it."),
+    offline: bool = typer.Option(
+        False, "--offline", help=f"No connection to another machine; also {env.OFFLINE.name}=1."
+    ),
+) -> None:
     log.configure()
+    if offline or is_offline():
+        go_offline()
 
 
 def main() -> None:
