@@ -291,6 +291,8 @@ def test_here_with_gpus_takes_what_their_driver_reports(monkeypatch):
     assert (found.device.name, found.count, found.device.memory_bytes) == ("h100", 2, 81_000 << 20)
     assert found.host is not None and found.host.kind == "cpu"
     assert any("of 3 GPUs the 2 alike ones" in a for a in found.assumed)
+    stand_in(monkeypatch, gpus=(h100, *[small] * 4))  # 81,000 MiB, and 92,136 MiB together
+    assert (machine().device.name, machine().count) == ("l4", 4)
     stand_in(monkeypatch, gpus=(this_machine.FoundGpu("NVIDIA GB10", 0, "12.1"),))
     assert (machine().device, machine().ram_bytes) == (device("gb10"), 0)
     stand_in(monkeypatch, gpus=(dataclasses.replace(h100, name="NVIDIA X1"),))
@@ -341,6 +343,22 @@ def test_a_tool_that_is_not_there_or_fails_tells_nothing(monkeypatch):
     assert this_machine._run("no-such-tool-anywhere") == this_machine._run("false") == ""
     monkeypatch.setattr(this_machine, "TOOL_SECONDS", 0.05)
     assert this_machine._run("sleep", "5") == ""
+
+
+def test_two_threads_of_a_core_are_one_core(monkeypatch, tmp_path):
+    monkeypatch.setattr(this_machine, "_PROC", tmp_path)
+    monkeypatch.setattr(this_machine, "_CGROUP", tmp_path)
+    monkeypatch.setattr(this_machine.os, "sched_getaffinity", lambda pid: set(range(12)), raising=False)
+    info = "model name\t: AMD EPYC 9B14\ncpu MHz\t\t: 2600.000\nsiblings\t: {}\ncpu cores\t: 8\nflags\t\t: avx2 fma\n"
+    (tmp_path / "meminfo").write_text("MemTotal:       65536000 kB\n")
+    (tmp_path / "cpuinfo").write_text(info.format(16))
+    found = this_machine.look()
+    assert (found.cores, found.ghz, found.cpu, found.flags) == (6, 2.6, "AMD EPYC 9B14", {"avx2", "fma"})
+    assert found.ram_bytes == 65_536_000 * 1024
+    (tmp_path / "cpuinfo").write_text(info.format(8))
+    assert this_machine.look().cores == 12
+    (tmp_path / "cpuinfo").unlink()
+    assert (this_machine.look().cores, this_machine.look().cpu, this_machine.look().ghz) == (12, "", 0.0)
 
 
 def test_a_container_s_limits_are_the_machine_s(monkeypatch, tmp_path):

@@ -112,7 +112,7 @@ def _bytes(value: object, flag: str, base: Literal[1000, 1024], forms: str) -> i
 
 
 def _read(value: object, flag: str, pattern: re.Pattern[str], forms: str) -> tuple[Decimal, re.Match[str]]:
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
+    if not isinstance(value, str | int | float):
         raise RequestError(f"{flag} is {_shown(value)} ({type(value).__name__}); {forms}")
     match = pattern.fullmatch(str(value).strip())
     if match is None:
