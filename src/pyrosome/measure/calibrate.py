@@ -31,7 +31,8 @@ def _prompt(tokens: int, context: int = 0) -> Load:
 
 
 # Each of them is heavy in something else: matrices and experts; batches; long histories of few heads; many narrow
-# layers.  What a token reads of the weights is more than last-level caches hold.
+# layers; what layers and steps cost whatever their size.  But for the last two, what a token reads of the weights is
+# more than last-level caches hold.
 SHAPES = (
     Shape(
         "4,096 wide", 4096, 2048, 64, 1024, 8, 1024, 64, 8, 3, (0, 4, 128),
@@ -51,6 +52,14 @@ SHAPES = (
         "768 wide", 768, 768, 32, 256, 4, 256, 64, 24, 2, (0, 0, 0, 128, 128, 4, 0, 0, 128), 8192,
         loads=(_decode(1, 1024), _decode(1, 393216), _decode(2, 32768), _prompt(64), _prompt(512),
                _prompt(128, 65536)),
+    ),
+    Shape(
+        "256 wide", 256, 128, 8, 128, 2, 128, 8, 8, 3, (0, 0, *(4, 128) * 8),
+        loads=(_decode(1, 2048), _decode(1, 65536), _decode(8, 2048), _prompt(64), _prompt(384), _prompt(128, 16384)),
+    ),
+    Shape(
+        "128 wide", 128, 128, 4, 64, 2, 64, 4, 8, 2, (0, 4), 512,
+        loads=(_decode(1, 1024), _decode(1, 32768), _prompt(128)),
     ),
 )  # fmt: skip
 

@@ -77,10 +77,10 @@ def coefficients_for(machine: Machine) -> Coefficients:
         about = f"the calibration of {found.when[:10]} does not count, since {found.outdated}: run `pyrosome calibrate`"
         return dataclasses.replace(base, source=f"{base.source}; {about}")
     if machine.device.kind == "cpu":
-        return _calibrated(found, machine.device)
+        return coefficients_of(found)
     base = _assumed(machine.device)
     link = found.link_bytes_s / machine.device.host_bytes_s if machine.device.host_bytes_s else 0.0
-    host = _calibrated(found, machine.host) if machine.host else None
+    host = coefficients_of(found) if machine.host else None
     return dataclasses.replace(base, link=link or base.link, nvme_bytes_s=found.disk_bytes_s, host=host)
 
 
@@ -90,7 +90,8 @@ def _measured_here(machine: Machine) -> Calibration | None:
     return latest(processor.title) if machine.is_here and processor is not None else None
 
 
-def _calibrated(found: Calibration, device: Device) -> Coefficients:
+def coefficients_of(found: Calibration) -> Coefficients:
+    """What was fitted, as rates."""
     rate = {term: 1 / seconds if seconds else math.inf for term, seconds in found.seconds.items()}
     spread = 1 + max(CALIBRATED_ERROR, found.worst)
     s = "s" * (found.threads != 1)
@@ -99,8 +100,8 @@ def _calibrated(found: Calibration, device: Device) -> Coefficients:
         layer_s=found.seconds["layer"], token_s=found.seconds["token"], step_s=found.seconds["step"],
         link=assumed.SHARES["cpu"].link, hop_s=assumed.SHARES["cpu"].hop_s, overlaps=False,
         band=(1 / spread, spread), nvme_bytes_s=found.disk_bytes_s,
-        source=f"calibrated {found.when[:10]} on {device.title}, {found.threads} thread{s}: steps timed there are met "
-        f"within {found.residual:.0%} (median) and {found.worst:.0%} (largest)",
+        source=f"calibrated {found.when[:10]} on {found.processor}, {found.threads} thread{s}: the steps timed there "
+        f"are met within {found.residual:.0%} (median), {found.worst:.0%} (most)",
     )  # fmt: skip
 
 

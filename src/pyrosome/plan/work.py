@@ -25,6 +25,7 @@ SPLIT = (".wq_b.weight", ".wo_a.weight", ".wo_b.weight", ".weights_proj.weight")
 SPLIT_PARTS = ("routed experts", "embedding", "head")
 # Queries that share what is read of the cache in one pass: of the index keys, and of rows that neighbours read too.
 INDEX_SHARING, ROW_SHARING, HEADS_SHARING = 16, 8, 128
+LANES = 16  # heads that are computed together: fewer take as long
 STREAM_PASSES = 6  # times that a sub-block reads or writes the residual streams of a token, both sub-blocks together
 STREAM_BYTES = 4  # float32
 
@@ -183,29 +184,29 @@ def _attention(config: ModelConfig, layout: Layout, load: Load, own: int) -> lis
     """Cached rows that a step's tokens read, and the products with them; a rank has all rows and its share of heads."""
     H, C, T = config.num_attention_heads, config.head_dim, own * load.tokens
     middle = load.context + (load.tokens + 1) / 2  # tokens that a token of the step sees, itself included: the mean
-    per_row = 4 * H * C  # FLOPs of a row: its score and its sum
     shared = min(ROW_SHARING, max(1, HEADS_SHARING // H), load.tokens)
     window = min(config.sliding_window, middle)
     sums: dict[str, list[float]] = {}
 
-    def add(part: str, rows: float, row_bytes: int, flops: float, sharing: float, ranks: int) -> None:
+    def add(part: str, rows: float, row_bytes: int, sharing: int, ranks: int, flops: float = 0.0) -> None:
+        lanes = -(-H * sharing // LANES) * LANES / sharing
         kept = sums.setdefault(part, [0.0, 0.0])
         kept[0] += T * rows * row_bytes / sharing / ranks
-        kept[1] += T * flops / ranks / layout.tensor
+        kept[1] += T * (flops or 4 * lanes * C * rows) / ranks / layout.tensor  # a row's score and its part of the sum
 
     for ratio in config.layer_ratios:
         size = {s.name: s.row_bytes for s in layer_streams(config, ratio, load.kv_format)}
-        add("window attention", window, size["window_kv"], per_row * window, shared, 1)
+        add("window attention", window, size["window_kv"], shared, 1)
         if ratio == CSA_RATIO:
             keys, dim = middle / ratio, config.index_head_dim
             chosen = min(config.index_topk, keys)
             sharing = min(INDEX_SHARING, load.tokens)
             score = config.index_n_heads * (2 * dim + 3)  # of each head: the product, its relu, weight and sum
-            add("indexer", keys, size["index_k"], score * keys, sharing, layout.context)
-            add("CSA attention", chosen, size["csa_kv"], per_row * chosen, 1, layout.context)
+            add("indexer", keys, size["index_k"], sharing, layout.context, score * keys)
+            add("CSA attention", chosen, size["csa_kv"], 1, layout.context)
         elif ratio:
             rows = middle / ratio
-            add("HCA attention", rows, size["hca_kv"], per_row * rows, shared, layout.context)
+            add("HCA attention", rows, size["hca_kv"], shared, layout.context)
     group = {"indexer": "indexer"}
     return [Work(p, group.get(p, "attention"), row_bytes=b, flops=f) for p, (b, f) in sums.items()]
 
