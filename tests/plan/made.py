@@ -25,6 +25,12 @@ ITEMS = (
 )
 
 
+ASKED = {
+    "model": {"name": "flash", "layers": 43, "stored_bytes": 159_609_485_896},
+    "machine": {"title": "NVIDIA H200 SXM", "kind": "gpu", "count": 2},
+}
+
+
 def machine(count: int = 2, price: float | None = 9.42, device: Device = H200) -> Machine:
     return Machine(device, count, None, 512 * GIB, 0, 0.0, price)
 
@@ -41,9 +47,10 @@ def band(mid: float) -> Band:
 def plan(
     mode: str = "ep", *, fits: bool = True, room: int = 48, tok_s: float = 60.0, hour: float | None = 9.42,
     sessions: int = 7, first_token_s: float = 100.0, context: int = 1_048_576,
+    places: tuple[Place, ...] | None = None,
 ) -> Plan:  # fmt: skip
     """Two H200 with a plan whose figures can be told from each other; speeds are bands of a factor 2 each way."""
-    places = (
+    places = places or (
         Place("h200 0", 143_771 << 20, ITEMS),
         Place("h200 1", 143_771 << 20, ITEMS),
         Place("RAM", 512 * GIB, (Item("snapshots", "state", 3 * GIB),)),
@@ -55,7 +62,7 @@ def plan(
     cost = None if hour is None else Cost(hour, hour * 730, hour / sessions, band(0.43), band(0.021), band(6.5))
     lacking = ("h200 0 lacks 3.20 GiB of 140.40 GiB", "5 sessions instead of 7 fit")
     return Plan(
-        {"model": {"name": "flash"}, "context": context, "sessions": sessions}, mode, fits,
+        {**ASKED, "context": context, "sessions": sessions}, mode, fits,
         "" if fits else lacking[0], "" if fits else lacking[1], places,
         Sessions(room, 1, 90, 0, 4_052_700_160, 3_700_378_624), speed if fits else None, cost if fits else None,
         {"max_sequences": sessions}, ("this engine runs ep today",),

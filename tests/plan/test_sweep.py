@@ -53,6 +53,7 @@ def test_a_point_is_on_the_frontier_unless_another_machine_holds_more_for_as_lit
 def test_the_contexts_looked_at_end_with_the_model_s_own():
     assert contexts_up_to(1_048_576) == (8_192, 32_768, 131_072, 524_288, 1_048_576)
     assert contexts_up_to(4_096) == (4_096,)
+    assert contexts_up_to(1_048_576, 40_000) == (131_072, 524_288, 1_048_576)
     assert contexts_up_to(200_000) == (8_192, 32_768, 131_072, 200_000)
 
 

@@ -17,14 +17,14 @@ def test_places_that_hold_the_same_are_one_column():
     assert [(c.title, c.count) for c in found] == [("h200 0-2", 3), ("h200 3", 1), ("h200 4-5", 2), ("RAM", 1)]
 
 
-def test_rows_are_by_kind_and_leave_out_what_is_nowhere():
+def test_rows_are_by_kind_the_large_ones_first_without_what_is_nowhere():
     places = (
         Place("a", 0, (Item("x", "kv", 1), Item("experts", "weights", 2), Item("none", "state", 0))),
         Place("b", 0, (Item("experts", "weights", 5), Item("head", "weights", 7), Item("y", "something new", 9))),
     )
     assert words.rows(words.columns(places)) == [
-        ("weights", [("experts", [2, 5]), ("head", [0, 7])]),
-        ("history", [("x", [1, 0])]),
+        ("weights", [("head", [0, 7]), ("experts", [2, 5])]),
+        ("history, stored", [("x", [1, 0])]),
         ("something new", [("y", [0, 9])]),
     ]
 
@@ -57,11 +57,13 @@ def test_the_short_form_says_the_load_the_room_the_speed_and_where_they_are_from
         "Predicted: 30-120 tok/s for each of them, 3,000-12,000 tok/s of prompt; limited by memory bandwidth: routed "
         "experts (maker's peaks)."
     )
+    alone = made.plan()
+    alone.asked["machine"] = {"count": 1}
+    assert words.short(alone)[0].startswith("Plan: 7 sessions of 1,048,576 tokens; there is room")
     lacking = words.short(made.plan(fits=False, room=5))
     assert lacking[-1] == "It does not fit: h200 0 lacks 3.20 GiB of 140.40 GiB. 5 sessions instead of 7 fit"
 
 
-def test_a_ranked_line_has_figures_where_it_fits_and_else_what_lacks():
-    assert words.ranked(made.plan("pp", hour=14.0)) == ("pp", "48", "30-120", "210-840", "$2.00")
-    assert words.ranked(made.plan("pp", hour=None))[-1] == "-"
-    assert words.ranked(made.plan("tp", fits=False))[:2] == ("tp", "h200 0 lacks 3.20 GiB of 140.40 GiB")
+def test_a_ranked_line_has_the_price_of_a_session_when_full():
+    assert words.ranked(made.plan("pp", hour=12.0)) == ("pp", "48", "30-120", "210-840", "$0.25", "$3.2-13")
+    assert words.ranked(made.plan("pp", hour=None))[-2:] == ("-", "-")

@@ -14,10 +14,12 @@ from pyrosome import __version__, env, log
 from pyrosome.cli import accounts, keys
 from pyrosome.cli import eval as evaluations
 from pyrosome.cli.ask import ask
+from pyrosome.cli.calibrate import calibrate
 from pyrosome.cli.chat import chat
 from pyrosome.cli.data import preview
 from pyrosome.cli.doctor import doctor
 from pyrosome.cli.inspect import inspect
+from pyrosome.cli.plan import plan
 from pyrosome.cli.pull import pull
 from pyrosome.cli.run import run
 from pyrosome.cli.serve import serve
@@ -56,7 +58,7 @@ def _registered(command: Callable[..., Any], to: typer.Typer = app, name: str | 
     to.command(name)(quiet)
 
 
-for _command in (run, chat, ask, serve, train, inspect, pull, doctor, verify):
+for _command in (run, chat, ask, serve, train, inspect, plan, calibrate, pull, doctor, verify):
     _registered(_command)
 for _evaluation in (evaluations.recall, evaluations.text, evaluations.modes, evaluations.tools, evaluations.plot):
     _registered(_evaluation, _eval)

@@ -27,6 +27,7 @@ from pyrosome.cli.engine_flags import (
 from pyrosome.cli.first_contact import BUILTIN, MODEL_HELP, official_note
 from pyrosome.cli.key_store import Database, PriceOf, State, price_from
 from pyrosome.cli.pointers import NO_KEY, pointers
+from pyrosome.cli.replay import Replay, typed
 from pyrosome.cli.terminal import Screen
 from pyrosome.errors import CheckpointError
 from pyrosome.options import EngineOptions, ServerOptions
@@ -34,12 +35,14 @@ from pyrosome.options import EngineOptions, ServerOptions
 if TYPE_CHECKING:
     from pyrosome.chat import Chat
     from pyrosome.checkpoint.index import CheckpointIndex
+    from pyrosome.plan.serving import Room
     from pyrosome.server.service import Service
 
 _SERVER, _ENGINE = ServerOptions(), EngineOptions()
 
 
 def serve(
+    ctx: typer.Context,
     model: Annotated[str | None, typer.Argument(help=MODEL_HELP, show_default=BUILTIN)] = None,
     host: flags.Host = _SERVER.host,
     port: flags.Port = _SERVER.port,
@@ -78,12 +81,24 @@ def serve(
     numa: Numa = "auto",
     log_every: LogEvery = 0,
     trace: TracePath = None,
+    plan: flags.PlanFile = None,
     as_json: flags.AsJson = False,
 ) -> None:
     """Answer OpenAI's and Anthropic's protocols over HTTP, until Ctrl-C.
 
     The first Ctrl-C, or SIGTERM, takes nothing new and waits for what runs; the second one ends it.
     """
+    replay = None if plan is None else Replay.read(plan)
+    values: dict[str, Any] = {
+        "sequences": sequences, "context": context, "cache_gib": cache_gib, "drafter": drafter, "numerics": numerics,
+        "kv_format": kv_format, "experts": experts,
+    }  # fmt: skip
+    replaced: list[str] = []
+    named = model or BUILTIN
+    if replay:
+        named = replay.model_named(model)
+        values, replaced = replay.values(values, typed(ctx))
+    sequences, context, cache_gib, drafter, numerics, kv_format, experts = values.values()
     paid = price_from(price) if price else None
     options = ServerOptions(
         host=host, port=port, names=tuple(name or ()), any_name=not exact_names, compat=compat, thinking=thinking,
@@ -96,20 +111,29 @@ def serve(
     rows = flags.check_arithmetic(numerics, kv_format, dialect)
     engine = engine_options(flags.USUAL_BYTES / 2**30 if cache_gib is None else cache_gib, drafter, log_every, trace)
     engine = dataclasses.replace(engine, max_sequences=sequences, max_context=context, disk_path=disk)
+    if replay:
+        engine = replay.engine_options(engine)
     held = load_options(experts, lock_memory, numa)
 
     from pyrosome.checkpoint.index import open_checkpoint
+    from pyrosome.plan.inventory import Model
+    from pyrosome.plan.serving import Server
     from pyrosome.server.keys.door import door_for
     from pyrosome.server.run import bound, check_tls
     from pyrosome.server.run import serve as run
     from pyrosome.server.service import Service, engine_process
 
-    named = model or BUILTIN
     index = open_checkpoint(named)
-    size = None
+    planned = Model.open(named)
+    if replay:
+        replay.check_model(planned)
+    server = Server.of(planned, rows, engine, numerics=numerics, mapped=experts == "mapped")
+    size, available = None, flags.available_memory()
     if cache_gib is None:
-        size = flags.cache_size(index, rows, sequences, context, flags.available_memory(), mapped=experts == "mapped")
+        size = flags.cache_size(index, rows, sequences, context, available, mapped=server.mapped)
+        size = flags.at_least(size, server.cache_bytes_for(context), context) if context else size
         engine = dataclasses.replace(engine, cache_bytes=size.num_bytes)
+    room = dataclasses.replace(server, options=engine).checked_room(available)
     chat = _chat(index, tokenizer, dialect, options)
     if options.tls_certificate:
         check_tls(options.tls_certificate, options.tls_key)
@@ -121,7 +145,7 @@ def serve(
         named, options, engine, make_driver=engine_process(named, engine, **load), door=door_for(options), chat=chat
     )
     said = _Said(service, sockets[0], as_json=as_json)
-    said.loading(size, is_unnamed=model is None)
+    said.loading(size, room, [*replay.lines(), *replaced] if replay else [], is_unnamed=model is None and not replay)
     _join_logs()
     run(service, sockets, said.ready)
 
@@ -157,7 +181,7 @@ class _Said:
         scheme = "https" if service.options.tls_certificate else "http"
         self.url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
 
-    def loading(self, size: flags.CacheSize | None, *, is_unnamed: bool) -> None:
+    def loading(self, size: flags.CacheSize | None, room: Room, of_plan: list[str], *, is_unnamed: bool) -> None:
         """Before the model is there."""
         if self._as_json:
             return
@@ -165,7 +189,8 @@ class _Said:
             self._screen.notice(official_note("serve /path/to/DeepSeek-V4-Flash") + "\n")
         cache = self._service.engine_options.cache_bytes / 2**30
         why = f" ({size.reason}; --cache-gib sets it)" if size else ""
-        self._screen.notice(f"Loading {self._service.card.path}, with a cache of {cache:,.2f} GiB{why}.")
+        loading = f"Loading {self._service.card.path}, with a cache of {cache:,.2f} GiB{why}."
+        self._screen.notice("\n".join([*of_plan, loading, str(room)]))
 
     def ready(self) -> None:
         """Once requests are answered."""

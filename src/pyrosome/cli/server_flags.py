@@ -106,6 +106,14 @@ Context = Annotated[
 Disk = Annotated[
     str, typer.Option("--disk", help="Folder for history that does not fit into memory.", show_default="none")
 ]
+PlanFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--plan",
+        help="A plan of `pyrosome plan --out`: its options are taken, but for flags that are given.",
+        show_default="none",
+    ),
+]
 AsJson = Annotated[
     bool, typer.Option("--json", help="One JSON line on standard output once requests are answered, and no advice.")
 ]
@@ -171,10 +179,20 @@ def cache_size(
     return min(*sizes, left, key=lambda s: s.num_bytes)
 
 
-def available_memory() -> int:
-    """Bytes this process may still take: of the machine, or of the container it is in; 0: not known."""
+def at_least(size: CacheSize, num_bytes: int, context: int) -> CacheSize:
+    """A cache that takes one sequence of the context that was asked for, whatever else speaks for a smaller one."""
+    return size if size.num_bytes >= num_bytes else CacheSize(num_bytes, f"room for one sequence of {context:,} tokens")
+
+
+def available_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes this process may still take: of the machine, or of the container it is in; 0: not known.
+
+    Files that a container has read count as its memory and are given up when it needs some, so they are left out.
+    """
     found = [memory()["available"]]
     with contextlib.suppress(OSError, ValueError):  # no container, or one without a limit
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
-        found.append(max(0, limit - int(Path("/sys/fs/cgroup/memory.current").read_text())))
+        limit, used = (int((cgroup / name).read_text()) for name in ("memory.max", "memory.current"))
+        told = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
+        files = int(told.get("inactive_file", 0)) + int(told.get("active_file", 0))
+        found.append(max(1, limit - max(0, used - files)))
     return min((f for f in found if f), default=0)

@@ -79,8 +79,12 @@ def _draw(axes: Axes, points: Sequence[Point], field: str, label: str) -> None:
         (line,) = axes.plot([p.context for p in mine], values, marker="o", markerfacecolor="white", label=name)
         best = [(p.context, getattr(p, field)) for p in mine if p.on_frontier]
         axes.plot([x for x, _ in best], [y for _, y in best], "o", color=line.get_color())
+    from matplotlib.ticker import LogLocator
+
     axes.set_xscale("log", base=2)
-    axes.minorticks_off()
     axes.set_yscale("log")
+    axes.minorticks_off()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(lambda y, _: f"{y:,g}")
     axes.set_ylabel(label)
     axes.grid(alpha=0.2)

@@ -32,9 +32,9 @@ class Point:
     on_frontier: bool = False  # no other machine holds as many sessions of this context for less, or more for as much
 
 
-def contexts_up_to(most: int) -> tuple[int, ...]:
-    """Contexts that a sweep looks at, the model's own longest one last."""
-    return (*(c for c in CONTEXTS if c < most), most)
+def contexts_up_to(most: int, least: int = 0) -> tuple[int, ...]:
+    """Contexts that a sweep looks at, from `least` on, the model's own longest one last."""
+    return (*(c for c in CONTEXTS if least <= c < most), most)
 
 
 def sweep(
@@ -64,8 +64,8 @@ def sweep(
 
 
 def _point(asked: Asked, name: str, planner: Planner) -> Point:
-    """One machine filled: planned for one session to see how many there is room for, then for all of them."""
-    empty = planner(dataclasses.replace(asked, sessions=1))
+    """One machine filled: planned for few sessions to see how many there is room for, then for all of them."""
+    empty = planner(dataclasses.replace(asked, sessions=max(1, asked.prefilling)))
     roomiest = max(empty, key=lambda p: p.sessions.decoding if p.fits else -1)
     if not roomiest.fits or not roomiest.sessions.decoding:
         price = asked.machine.price_usd_hour

@@ -18,9 +18,9 @@ MEANING = {
 }
 KINDS = {
     "weights": "weights",
-    "kv": "history",
-    "state": "state",
-    "reserve": "prefill reserve",
+    "kv": "history, stored",
+    "state": "state, stored",
+    "reserve": "reserves",
     "workspace": "workspace",
     "system": "system",
 }
@@ -54,14 +54,15 @@ def _titled(group: list[Place]) -> str:
 
 
 def rows(shown: Sequence[Column]) -> list[tuple[str, list[tuple[str, list[int]]]]]:
-    """(kind, [(name, bytes in each column)]) of everything that is placed, kinds in one order."""
+    """(kind, [(name, bytes in each column)]) of everything that is placed: kinds in one order, large parts first."""
     found: dict[str, dict[str, list[int]]] = {}
     for i, column in enumerate(shown):
         for item in column.place.items:
             amounts = found.setdefault(item.kind, {}).setdefault(item.name, [0] * len(shown))
             amounts[i] += item.num_bytes
     order = [*KINDS, *(kind for kind in found if kind not in KINDS)]
-    held = {kind: [(n, a) for n, a in found.get(kind, {}).items() if any(a)] for kind in order}
+    held = {kind: sorted(found.get(kind, {}).items(), key=lambda part: -max(part[1])) for kind in order}
+    held = {kind: [(name, amounts) for name, amounts in parts if any(amounts)] for kind, parts in held.items()}
     return [(KINDS.get(kind, kind), parts) for kind, parts in held.items() if parts]
 
 
@@ -90,24 +91,26 @@ def cost_line(cost: Cost) -> str:
     )
 
 
-def ranked(plan: Plan) -> tuple[str, str, str, str, str]:
-    """One line of a ranking: mode, whether it fits, sessions, tok/s of one and of all, dollars per session-hour.
+def ranked(plan: Plan) -> tuple[str, ...]:
+    """A line of a ranking, of a plan that fits.
 
-    Where it does not fit, what it lacks stands in place of figures.
+    Mode, room for sessions, tok/s of one and of all as asked, dollars per session-hour when full and per million out.
     """
-    if not plan.fits or plan.speed is None:
-        return plan.mode, plan.why_not, "", "", ""
-    dollars = show_dollars(plan.cost.session_hour) if plan.cost else "-"
-    each, together = band(plan.speed.decode_tok_s), band(plan.speed.total_tok_s)
-    return plan.mode, f"{plan.sessions.decoding:,}", each, together, dollars
+    s = plan.speed
+    each, together = (band(s.decode_tok_s), band(s.total_tok_s)) if s else ("-", "-")
+    room = plan.sessions.decoding
+    hour = show_dollars(plan.cost.hour / room) if plan.cost and room else "-"
+    million = band(plan.cost.million_out, prefix="$") if plan.cost else "-"
+    return plan.mode, f"{room:,}", each, together, hour, million
 
 
 def short(plan: Plan) -> list[str]:
     """Two or three lines for the start of a server that replays a plan."""
     asked = plan.asked
+    several = asked["machine"]["count"] > 1
     lines = [
-        f"Plan: {asked['sessions']:,} sessions of {asked['context']:,} tokens by {plan.mode}; there is room for "
-        f"{plan.sessions.decoding:,}, each {show_bytes(plan.sessions.device_bytes)}."
+        f"Plan: {asked['sessions']:,} sessions of {asked['context']:,} tokens{f' by {plan.mode}' if several else ''}; "
+        f"there is room for {plan.sessions.decoding:,}, each {show_bytes(plan.sessions.device_bytes)}."
     ]
     if plan.speed:
         s = plan.speed
