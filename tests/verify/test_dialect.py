@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import shutil
@@ -14,11 +15,11 @@ from pyrosome.config import ModelConfig
 from pyrosome.verify import dialect
 from pyrosome.verify.dialect import cases, check
 from pyrosome.verify.finding import Wanted
-from tests.chat.cases import tokenizer
 from tests.checkpoint.files import DATA, copied
 from tests.verify import make_cases
 
 OFFICIAL = DATA / "tokenizer"
+read_once = functools.cache(Tokenizer.from_dir)
 
 
 @pytest.fixture
@@ -34,7 +35,7 @@ def as_official(monkeypatch):
     index = open_checkpoint("builtin:nano")
     object.__setattr__(index, "config", ModelConfig.preset("flash"))
     monkeypatch.setattr(dialect, "open_checkpoint", lambda _: index)
-    monkeypatch.setattr(Tokenizer, "from_dir", tokenizer)  # read once for all tests
+    monkeypatch.setattr(Tokenizer, "from_dir", read_once)
 
 
 def found(path="builtin:nano", **wanted):
