@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import io
 import json
 import os
 import re
@@ -12,10 +14,12 @@ import time
 
 import pytest
 
+from pyrosome.cli.terminal import Screen
 from tests.cli.sessions import REAL, ROOT, at_terminal, environment, piped
 from tests.hub.files import REPO, make_source, same_files, shards
 from tests.hub.server import COMMIT, PAGE, Fault, loop_hub
 
+pull_command = importlib.import_module("pyrosome.cli.pull")  # the package has the function under that name
 SHARD = "model-00002-of-00003.safetensors"
 
 
@@ -198,3 +202,57 @@ def test_a_name_that_was_pulled_in_part_says_how_to_go_on(tmp_path, hub):
     (place / ".pull.json").write_text("{}")
     done = piped(tmp_path, "inspect", REPO, program=REAL, **clean(XDG_DATA_HOME=str(tmp_path / "data")))
     assert done.returncode == 2 and b"in part" in done.stderr and f"`pyrosome pull {REPO}`".encode() in done.stderr
+
+
+# What is said on the way.
+
+
+class Ticking:
+    """A clock that goes on by a second each time it is looked at."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def monotonic(self):
+        self.now += 1.0
+        return self.now
+
+
+@pytest.mark.parametrize(
+    ("in_place", "said"),
+    [
+        (True, ["1.0 MiB of 4.0 MiB, 1.0 MiB/s, 0 min 3 s left", "2.0 MiB of 4.0 MiB, 1.0 MiB/s, 0 min 2 s left",
+                "1.0 MiB of 4.0 MiB, 682.7 KiB/s, 0 min 4 s left", ""]),
+        (False, []),
+    ],
+)  # fmt: skip
+def test_progress_is_written_over_on_a_terminal_and_rare_elsewhere(monkeypatch, in_place, said):
+    monkeypatch.setattr(pull_command, "time", Ticking())
+    monkeypatch.setattr(pull_command, "can_style", lambda: True)
+    screen = Screen()
+    screen.err, screen.err_is_terminal = io.StringIO(), in_place
+    progress = pull_command._Progress(4 << 20, screen, quiet=False)
+    for what in ("fetched", "fetched", "dropped"):
+        progress.heard(what, 1 << 20)
+    progress.close()
+    assert screen.err.getvalue().split("\r\x1b[K")[1:] == said
+
+
+def test_progress_is_a_line_now_and_then_where_nothing_is_written_over(monkeypatch):
+    clock = Ticking()
+    monkeypatch.setattr(pull_command, "time", clock)
+    screen = Screen()
+    screen.err, screen.err_is_terminal = io.StringIO(), False
+    progress = pull_command._Progress(4 << 20, screen, quiet=False)
+    for _ in range(2):
+        clock.now += pull_command.LINE_EVERY_S
+        progress.heard("checked", 1 << 20)
+    assert screen.err.getvalue() == "1.0 MiB of 4.0 MiB, 0 B/s\n2.0 MiB of 4.0 MiB, 0 B/s\n"
+
+
+def test_a_machine_it_does_not_fit_on_is_told_what_it_lacks():
+    asked = {"context": 131_072, "machine": {"title": "a small one"}}
+    plan = {"fits": False, "why_not": "RAM lacks 5 bytes", "change": "5 bytes more RAM", "asked": asked}
+    said = pull_command._here({"plan": plan})
+    assert said == "a session of 131,072 tokens on a small one does not fit: RAM lacks 5 bytes; 5 bytes more RAM"
+    assert pull_command._here({"plan": None, "no_plan": "a GPU not known"}) == "not planned: a GPU not known"

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import shutil
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -55,6 +56,7 @@ def test_a_checkpoint_is_fetched_whole_and_opens(hub, source, tmp_path):
     offer, heard = pulled(hub, tmp_path / "here")
     assert same_files(source, tmp_path / "here", [*NEEDED, *shards(source)])
     assert heard == {"fetched": offer.num_bytes}
+    assert "hf_xet" not in sys.modules  # though the hub says of each shard that it has it in that storage too
     index = open_checkpoint(tmp_path / "here")
     assert index.check().ok and index.tensors.keys() == offer.index.tensors.keys()
 

@@ -27,6 +27,9 @@ _CONVENTIONS = (
         "XDG_STATE_HOME",
         f"`chat` keeps the last {MAX_LINES:,} typed lines in `pyrosome/history` there (else ~/.local/state)",
     ),
+    ("XDG_DATA_HOME", "`pull` puts checkpoints into `pyrosome/models` there (else ~/.local/share)"),
+    ("HF_ENDPOINT, HF_TOKEN", "`pull` asks that hub or mirror, with that token"),
+    ("HF_HUB_OFFLINE", "1: as `PYROSOME_OFFLINE`"),
 )
 
 
