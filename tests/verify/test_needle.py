@@ -62,10 +62,9 @@ def test_an_indexer_that_sees_nothing_at_one_residue_is_found(monkeypatch):
         return choice._replace(rows=torch.where(lost_T1, -1, choice.rows))
 
     monkeypatch.setattr(Indexer, "forward", blind)
-    found = list(needle.check(NANO))
-    (by_length,) = (f for f in found if f.what.endswith("by length mod 4"))
-    assert by_length.ok is False and "worst where length mod 4 is 3" in by_length.detail
-    assert found[0].ok is False
+    found = by_what(needle.of_ledgers(subject.subject(NANO), 256, 64, 0))
+    assert found["by length mod 4"].ok is False and found[""].ok is False
+    assert "worst where length mod 4 is 3" in found["by length mod 4"].detail
 
 
 @pytest.mark.parametrize(
@@ -144,12 +143,28 @@ def test_sentences_are_asked_at_all_lengths_and_depths():
     assert [a.right for a in needle.of_sentences(wrong, 512, 32, seed=0)] == [a.tokens % 4 != 1 for a in found]
 
 
+@pytest.mark.parametrize(("ask", "rule"), [(needle.of_ledgers, knows), (needle.of_sentences, code)])
+def test_how_many_are_answered_is_told_and_whoever_stops_is_heard(ask, rule):
+    told = []
+    watch = needle._Telling(Wanted("", progress=lambda *so_far: told.append(so_far)))
+    ask(Oracle(rule), 512, 3, 0, watch)
+    assert told == [(n, 3, "needle: questions answered") for n in (1, 2, 3)]
+
+    def leave(*_):
+        watch.stopped = True
+
+    watch = needle._Telling(Wanted("", progress=leave))
+    with pytest.raises(KeyboardInterrupt):
+        ask(Oracle(rule), 512, 3, 0, watch)
+
+
 def test_ledgers_are_judged_as_evaluations_judge_them():
     assert all(a.right for a in needle.of_ledgers(Oracle(knows), 256, 16, seed=0))
     assert not any(a.right for a in needle.of_ledgers(Oracle(lambda p: "no"), 256, 16, seed=0))
 
 
-def test_a_model_that_answers_nothing_is_not_judged(tmp_path):
+def test_a_model_that_answers_nothing_is_not_judged(monkeypatch):
+    monkeypatch.setattr(needle, "_PLAIN", {True: ((256, 8),)})
     found = list(needle.check(Wanted(str(checkpoint()), quick=True)))
     assert found[0].ok is None and "nothing is known" in found[0].detail
     assert all(f.ok is None for f in found[1:])

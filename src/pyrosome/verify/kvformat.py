@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -124,12 +124,19 @@ def _found(wanted: Wanted, subject: Subject) -> Iterator[Finding]:
     except CheckpointError as error:
         yield Finding(CHECK, STORED.name, None, f"left out: {error}")
         return
-    same, *costs = compared(model, texts_for(subject, wanted), [(ROUNDED, STORED), *((PLAIN, f) for f in FORMS)])
+    texts = texts_for(subject, wanted)
+    same, *costs = compared(model, _told(wanted, texts), [(ROUNDED, STORED), *((PLAIN, f) for f in FORMS)])
     yield held(same, f"{STORED.name}, against the same in bfloat16", SAME)
     found = [held(cost, form.name, bounds) for form, cost in zip(FORMS, costs, strict=True)]
     plots = {f.what: f.figures.get("by_position", []) for f in found}
     found[-1].figures["plots"] = [_plot(plots)] if all(plots.values()) else []
     yield from found
+
+
+def _told(wanted: Wanted, texts: Sequence[list[int]]) -> Iterator[list[int]]:
+    for number, ids in enumerate(texts):
+        wanted.tell(number, len(texts), "kvformat: texts predicted")
+        yield ids
 
 
 def texts_for(subject: Subject, wanted: Wanted) -> list[list[int]]:
@@ -148,7 +155,7 @@ def texts_for(subject: Subject, wanted: Wanted) -> list[list[int]]:
     return [list(ids[:most]) for ids in found]
 
 
-def compared(model: LoadedModel, texts: Sequence[Sequence[int]], pairs: Sequence[tuple[Form, Form]]) -> list[Apart]:
+def compared(model: LoadedModel, texts: Iterable[Sequence[int]], pairs: Sequence[tuple[Form, Form]]) -> list[Apart]:
     """Of each pair of forms, the second's predictions of all texts held against the first's."""
     forms = list(dict.fromkeys(form for pair in pairs for form in pair))
     parts: list[list[tuple[Tensor, ...]]] = [[] for _ in pairs]
@@ -169,7 +176,7 @@ def _apart(p_RV: Tensor, q_RV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         _rows_apart(p.double().log_softmax(-1), q.double().log_softmax(-1))
         for p, q in zip(p_RV.split(_PIECE), q_RV.split(_PIECE), strict=True)
     ]
-    nats, same, sure = (torch.cat(x) for x in zip(*rows, strict=True))
+    nats, same, sure = (torch.cat(x).cpu() for x in zip(*rows, strict=True))
     return nats, same, sure
 
 

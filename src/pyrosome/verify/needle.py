@@ -17,7 +17,7 @@ from pyrosome.errors import EngineError
 from pyrosome.evals import recall
 from pyrosome.evals.shares import Share
 from pyrosome.evals.subject import Subject as Evaluated
-from pyrosome.evals.watch import Watch
+from pyrosome.evals.watch import Watch, gathered
 from pyrosome.verify import haystack
 from pyrosome.verify.chance import DRAWS, chance_of
 from pyrosome.verify.finding import Finding, Wanted
@@ -67,32 +67,54 @@ def _found(wanted: Wanted, subject: Subject) -> Iterator[Finding]:
         floor = FLOOR
     elif subject.model.config.vocab_size == OFFICIAL_VOCABULARY:
         floor = FLOOR_OFFICIAL
-    ask = of_ledgers if subject.is_builtin else of_sentences
+    ask, watch = of_ledgers if subject.is_builtin else of_sentences, _Telling(wanted)
     for context, n in (_BUILTIN if subject.is_builtin else _PLAIN)[wanted.quick]:
         most = subject.model.config.max_position_embeddings
         if context + recall.SPREAD + _ANSWER > most:
             detail = f"left out: prompts of up to {context + recall.SPREAD} tokens, and the model has {most} positions"
             yield Finding(CHECK, f"recall at {context} tokens", None, detail)
             continue
-        yield from judged(ask(subject, context, n, wanted.seed), context, floor, wanted.seed)
+        yield from judged(ask(subject, context, n, wanted.seed, watch), context, floor, wanted.seed)
 
 
-def of_ledgers(subject: Evaluated, context: int, n: int, seed: int) -> list[Answered]:
+class _Telling(Watch):
+    """Tells how many questions are answered."""
+
+    def __init__(self, wanted: Wanted) -> None:
+        super().__init__()
+        self._wanted, self._done, self._total = wanted, 0, 0
+
+    def begin(self, what: str, total: int) -> None:
+        self._done, self._total = 0, total
+
+    def advance(self) -> None:
+        self._done += 1
+        self._wanted.tell(self._done, self._total, "needle: questions answered")
+
+
+def of_ledgers(subject: Evaluated, context: int, n: int, seed: int, watch: Watch | None = None) -> list[Answered]:
     """What the built-in model was taught: one of 8 facts of a ledger, held out."""
-    task = recall.RecallTask((context,), n=n, seed=seed)
-    watch = Watch()
+    task, watch = recall.RecallTask((context,), n=n, seed=seed), watch or Watch()
     (run,) = recall.measure(subject, task, recall.draw(subject, task), watch)
-    if watch.stopped:
-        raise KeyboardInterrupt
+    _go_on(watch)
     return [Answered(o.tokens, o.distance, o.right) for o in run.outcomes]
 
 
-def of_sentences(subject: Evaluated, context: int, n: int, seed: int) -> list[Answered]:
+def _go_on(watch: Watch) -> None:
+    """Stop where somebody asked to: of half the questions nothing is told."""
+    if watch.stopped:
+        raise KeyboardInterrupt
+
+
+def of_sentences(subject: Evaluated, context: int, n: int, seed: int, watch: Watch | None = None) -> list[Answered]:
     """A fact among plain sentences, asked for in a conversation that does not think."""
     drawn = haystack.drawn(subject, context, n, seed)
     room = max(len(prompt.ids) for _, prompt, _ in drawn) + _ANSWER
+    watch = watch or Watch()
     with subject.opened(room):
-        answers = list(subject.answers((prompt for _, prompt, _ in drawn), _ANSWER))
+        asked_for = subject.answers((prompt for _, prompt, _ in drawn), _ANSWER)
+        answers = gathered(watch, f"{context} tokens", n, asked_for)
+    _go_on(watch)
     return [
         Answered(len(prompt.ids), after, one.is_right(answer.message.content))
         for (one, prompt, after), answer in zip(drawn, answers, strict=True)

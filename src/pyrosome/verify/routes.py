@@ -94,13 +94,14 @@ def check(wanted: Wanted) -> Iterator[Finding]:
 
 
 def _found(wanted: Wanted, subject: Subject) -> Iterator[Finding]:
-    why_not = why_no_bits()
+    why_not = why_no_bits(wanted.device)
     if why_not and wanted.numerics != "exact":
         detail = f"{why_not}, and by the definitions nothing is promised of numerics {wanted.numerics}; ask for exact"
         yield Finding(CHECK, "all routes", None, detail)
         return
     bench = Bench(subject.model, wanted.seed, wanted.quick)
-    for what, route in ROUTES.items():
+    for number, (what, route) in enumerate(ROUTES.items()):
+        wanted.tell(number, len(ROUTES), f"routes: {what}")
         if why_not and route is threads:
             yield Finding(CHECK, what, None, f"{why_not}: threads are torch's own, and nothing is promised of them")
         elif route is drafts_of_the_head and not subject.model.has_drafts:
@@ -148,9 +149,11 @@ def cut(bench: Bench) -> Iterator[Said]:
     """Prompts in several spans."""
     for ids in bench.prompts:
         drawn = sorted(bench.rng.sample(range(1, len(ids)), min(3, len(ids) - 1)))
-        near = [[1], [CSA_RATIO], [BLOCK_TOKENS - 1], [BLOCK_TOKENS], [BLOCK_TOKENS + 1], [len(ids) - 1]]
-        sizes = [list(range(size, len(ids), size)) for size in (31, BLOCK_TOKENS + 1)]
-        for cuts in _distinct([*near, drawn, *sizes], len(ids)):
+        near = [[CSA_RATIO], [BLOCK_TOKENS], [len(ids) - 1]]
+        if not bench.quick:
+            near += [[1], [BLOCK_TOKENS - 1], [BLOCK_TOKENS + 1], list(range(31, len(ids), 31))]
+        by_size = list(range(BLOCK_TOKENS + 1, len(ids), BLOCK_TOKENS + 1))
+        for cuts in _distinct([*near, drawn, by_size], len(ids)):
             tokens = bench.plain(ids).tokens
             shown = ", ".join(map(str, cuts[:3])) + (" ..." if len(cuts) > 3 else "")
             yield Said(f"{len(ids)} tokens cut at {shown}", ids, in_spans(bench.model, ids, cuts, tokens[:1]), ())
@@ -321,7 +324,7 @@ def threads(bench: Bench) -> Iterator[Said]:
     """Prompts computed by one thread, and by two."""
     for count in (1, 2):
         with _threads(count):
-            for ids in bench.prompts:
+            for ids in bench.prompts[:: 3 if bench.quick else 1]:
                 tokens = bench.plain(ids).tokens
                 rows = in_spans(bench.model, ids, (), tokens[:1])
                 yield Said(f"{len(ids)} tokens by {count} thread{'s' * (count > 1)}", ids, rows, ())

@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from pyrosome.chat import Chat, Tokenizer
@@ -40,6 +41,7 @@ class _Key:
     model: str
     numerics: str
     tokenizer: Path | None
+    device: str
 
 
 _held: dict[_Key, Subject] = {}  # one at most
@@ -82,17 +84,17 @@ def subject(wanted: Wanted) -> Subject:
     """The model that is wanted, loaded at the first call and held until another is wanted, or `release` is called.
 
     Raises:
-        RequestError: no such numerics.
-        CheckpointError: the checkpoint is not what it claims to be, or a tokenizer was named and is not there.
-        DoesNotFit: its weights need more memory than this machine has free.
+        RequestError: no such numerics, or no such device.
+        CheckpointError: the checkpoint is not what it claims to be.
+        DoesNotFit: its weights need more memory than is free.
     """
-    key = _Key(wanted.model, wanted.numerics, wanted.tokenizer)
+    key = _Key(wanted.model, wanted.numerics, wanted.tokenizer, wanted.device)
     if key not in _held:
         release()
         arithmetic = numerics_named(wanted.numerics)
         index = open_checkpoint(wanted.model)
-        check_fits(index)
-        model = load_model(wanted.model, numerics=arithmetic.name)
+        check_fits(index, wanted.device)
+        model = load_model(wanted.model, wanted.device, arithmetic.name)
         is_builtin = str(wanted.model).startswith(BUILTIN)
         _held[key] = Subject(model, is_builtin=is_builtin, tokenizer_dir=wanted.tokenizer)
     return _held[key]
@@ -124,29 +126,42 @@ def _sizes(error: PlanError) -> dict[str, int]:
     return {"needed_bytes": error.needed_bytes, "free_bytes": error.free_bytes}
 
 
-def weight_bytes(index: CheckpointIndex) -> int:
-    """Bytes of memory the weights take on this machine once loaded: as they are stored, or a small model in float32.
+def weight_bytes(index: CheckpointIndex, device: str = "cpu") -> int:
+    """Bytes the weights take on a device once loaded: as they are stored, or a small model in float32 where no native
+    kernels run.
 
     Draft stages that this version does not run are left out, as the loader leaves them out.
     """
-    if 4 * index.num_weights <= UNPACK_BYTES and not native.available():
+    is_native = device == "cpu" and native.available()
+    if 4 * index.num_weights <= UNPACK_BYTES and not is_native:
         return 4 * index.num_weights
     drafts = index.config.dspark is None
     return sum(t.nbytes for name, t in index.tensors.items() if drafts or not name.startswith("mtp."))
 
 
-def check_fits(index: CheckpointIndex) -> None:
-    """Refuse weights that would not leave this machine room to run them.
+def check_fits(index: CheckpointIndex, device: str = "cpu") -> None:
+    """Refuse weights that would not leave a device room to run them.
 
     Raises:
         DoesNotFit
     """
-    needed, free = weight_bytes(index) + STEP_BYTES + LOGIT_BYTES * index.config.vocab_size, free_memory()
+    weights = weight_bytes(index, device)
+    needed = weights + STEP_BYTES + LOGIT_BYTES * index.config.vocab_size
+    free = free_memory() if device == "cpu" else _free_on(device)
     if free and needed > free:
         raise DoesNotFit(
-            f"{index.path.name} in memory ({weight_bytes(index):,} bytes of weights)", needed, free, "this machine",
+            f"{index.path.name} in memory ({weights:,} bytes of weights)", needed, free,
+            "this machine" if device == "cpu" else device,
             "the checks that take one layer at a time still run; run these where the whole model fits",
         )  # fmt: skip
+
+
+def _free_on(device: str) -> int:
+    """Bytes free on a GPU; 0 where that cannot be told, and then loading says why."""
+    try:
+        return int(torch.cuda.mem_get_info(device)[0])
+    except (RuntimeError, AssertionError, ValueError):
+        return 0
 
 
 def free_memory() -> int:
@@ -162,8 +177,10 @@ def free_memory() -> int:
     return min(found, default=0)
 
 
-def why_no_bits() -> str:
-    """Why routes need not agree to the last bit here; "" where they do: the native kernels compute everything."""
+def why_no_bits(device: str) -> str:
+    """Why routes need not agree to the last bit; "" where they do: the native kernels compute everything."""
+    if device != "cpu":
+        return f"on {device} operations run by their definitions"
     if not native.available():
         return "the native kernels do not run here"
     other = sorted(name for name, op in OPS.items() if op.kernels and op.choice not in ("auto", "cpu"))
