@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from html import escape
 from typing import Any
 
-from pyrosome.verify.plots import MAX_SERIES, drawn
+from pyrosome.verify.plots import MAX_SERIES, drawn, shown
 
 MAX_PLOTS = 40
 _STATES = {"ok": "ok", "look": "look", "fail": "FAIL", "none": "left out"}
@@ -37,7 +36,7 @@ th { color: var(--soft); font-weight: 500; }
 td { overflow-wrap: anywhere; }
 td.num, th.num { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 td.state { color: var(--state); font-weight: 600; white-space: nowrap; width: 72px; }
-td.what { width: 30%; }
+td.what { width: 30%; } td.name { white-space: nowrap; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 3px 18px; margin: 0; font-size: 14px; }
 dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
 details { border: 1px solid var(--line); border-radius: 6px; margin: 8px 0; padding: 0 14px; }
@@ -53,6 +52,7 @@ svg text { fill: var(--soft); font: 11px system-ui, sans-serif; }
 svg .axis { fill: var(--ink); }
 svg .grid { stroke: var(--line); stroke-width: 1; }
 svg .bound { stroke: var(--fail); stroke-dasharray: 5 4; stroke-width: 1.3; }
+svg .span { stroke: var(--ink); stroke-width: 1.6; opacity: 0.75; }
 svg text.bound { fill: var(--fail); stroke: none; }
 .legend { font-size: 12.5px; margin-top: 4px; }
 .key { margin-right: 14px; } .key::before { content: ""; display: inline-block; width: 10px; height: 10px;
@@ -72,8 +72,8 @@ def page(receipt: dict[str, Any]) -> str:
     model = receipt.get("model") or {}
     name = str(model.get("name", receipt["asked"]["model"]))
     body = [
-        f"<h1>Verification of {escape(name)}</h1>",
-        f'<p class="soft">{escape(receipt["began"])}, {_seconds(receipt["seconds"])}</p>',
+        f"<h1>Verification of {shown(name)}</h1>",
+        f'<p class="soft">{shown(receipt["began"])}, {_seconds(receipt["seconds"])}</p>',
         _verdict(receipt),
         '<div class="wide">' + _summary(receipt) + "</div>",
         *_plots(receipt),
@@ -86,7 +86,7 @@ def page(receipt: dict[str, Any]) -> str:
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
-        f"<title>Verification of {escape(name)}</title><style>{_STYLE}</style></head>\n"
+        f"<title>Verification of {shown(name)}</title><style>{_STYLE}</style></head>\n"
         f"<body><main>{chr(10).join(body)}</main></body></html>\n"
     )
 
@@ -113,7 +113,7 @@ def _summary(receipt: dict[str, Any]) -> str:
 def _summed(check: dict[str, Any]) -> str:
     n, state = check["counts"], _of(check["counts"])
     cells = "".join(f'<td class="num">{n[k]}</td>' for k in ("well", "failed", "warned", "left_out"))
-    name = f'<td class="state">{_STATES[state]}</td><td>{escape(check["check"])}</td>'
+    name = f'<td class="state">{_STATES[state]}</td><td class="name">{shown(check["check"])}</td>'
     return f'<tr class="{state}">{name}{cells}<td class="num">{_seconds(check["seconds"])}</td></tr>'
 
 
@@ -145,21 +145,21 @@ def _check(check: dict[str, Any]) -> str:
     n, state = check["counts"], _of(check["counts"])
     said = f"{n['well']} held, {n['failed']} failed, {n['left_out']} left out, {_seconds(check['seconds'])}"
     rows = "".join(
-        f'<tr class="{_state(f)}"><td class="state">{_STATES[_state(f)]}</td><td class="what">{escape(f["what"])}</td>'
-        f"<td>{escape(f['detail'])}</td></tr>"
+        f'<tr class="{_state(f)}"><td class="state">{_STATES[_state(f)]}</td><td class="what">{shown(f["what"])}</td>'
+        f"<td>{shown(f['detail'])}</td></tr>"
         for f in check["findings"]
     )
     opened = " open" if state in ("fail", "look") else ""
-    title = f'<span class="state">{_STATES[state]}</span> {escape(check["check"])} <span class="soft">{said}</span>'
+    title = f'<span class="state">{_STATES[state]}</span> {shown(check["check"])} <span class="soft">{said}</span>'
     table = f'<div class="wide"><table><tbody>{rows}</tbody></table></div>'
     return f'<details class="{state}"{opened}><summary>{title}</summary>{table}</details>'
 
 
 def _part(title: str, values: dict[str, Any]) -> str:
     rows = "".join(
-        f"<dt>{escape(k)}</dt><dd>{escape(_told(v))}</dd>" for k, v in values.items() if v not in (None, "", [])
+        f"<dt>{shown(k)}</dt><dd>{shown(_told(v))}</dd>" for k, v in values.items() if v not in (None, "", [])
     )
-    return f"<details><summary>{escape(title)}</summary><dl>{rows}</dl></details>" if rows else ""
+    return f"<details><summary>{shown(title)}</summary><dl>{rows}</dl></details>" if rows else ""
 
 
 def _told(value: Any) -> str:
