@@ -127,6 +127,7 @@ def test_every_cell_says_why_it_is_not_what_its_machine_holds(report):
 
 def test_the_report_is_plain_data(report):
     assert json.loads(json.dumps(report)) == report
+    assert "memory as the driver reports it" in report["basis"]
     assert set(report["cells"][0]) >= {"table", "name", "weights", "gpus", "mode", "predicted", "listed", "ours", "why"}
 
 

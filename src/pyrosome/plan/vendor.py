@@ -42,6 +42,11 @@ WINDOW_PAGE, CSA_STATE_PAGE, HCA_STATE_PAGE = 64, 4, 8  # tokens of one block of
 CSA_STATE, HCA_STATE = 8, 128  # tokens that the compressors look back on
 WINDOW_GROUPS = 2  # that the windows of all layers are put into, so that a block has a page for each layer of a group
 
+BASIS = (
+    "ours: FP8 rows and FP4 index keys in whole pages, memory as the driver reports it, one prompt computed at a time, "
+    "all experts on the GPUs; what `pyrosome plan --mode` says of a mode holds here too"
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class VendorCell:
@@ -144,7 +149,8 @@ def cells() -> list[VendorCell]:
 
 def report() -> dict[str, Any]:
     """The cells as plain data, with predictions to three decimals as the tables have them."""
-    return {"cells": [dataclasses.asdict(c) | {"predicted": round(c.predicted, 3)} for c in cells()]}
+    found = [dataclasses.asdict(c) | {"predicted": round(c.predicted, 3)} for c in cells()]
+    return {"cells": found, "basis": BASIS}
 
 
 def _ours(model: Model, there: Machine) -> dict[str, int]:
