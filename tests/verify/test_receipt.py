@@ -102,7 +102,8 @@ def test_names_of_strangers_stay_text(tmp_path):
     assert not {"script", "img", "iframe", "object", "link", "a", "form"} & set(seen.tags)
     assert not [a for a in seen.attributes if a[1].startswith("on") or a[1] in ("src", "href", "action", "style")]
     assert seen.text.count("alert(1)") >= 6  # in the title, headings, tables and plots, as text
-    assert "default-src 'none'" in dict((a[1], a[2]) for a in seen.attributes if a[0] == "meta")["content"]
+    assert "default-src 'none'" in {a[1]: a[2] for a in seen.attributes if a[0] == "meta"}["content"]
+    assert not set("\x00\u202e\ud800") & set(seen.text)
 
 
 def test_the_page_says_how_it_ended():
@@ -144,9 +145,15 @@ def test_plain_data_is_what_json_holds():
 
 
 def test_a_plot_is_well_formed_and_within_its_frame():
-    for plot in (BARS, BARS | {"log": True, "bound": 0.1}, BARS | {"kind": "lines", "x": [0, 500]},
-                 BARS | {"low": {"s": [0.5, 2]}, "high": {"s": [2, 4]}}, BARS | {"series": {"s": [-1, 2]}}):  # fmt: skip
-        figure = ElementTree.fromstring(drawn(plot))
+    for changes in (
+        {},
+        {"log": True, "bound": 0.1},
+        {"kind": "lines", "x": [0, 500]},
+        {"low": {"s": [0.5, 2]}, "high": {"s": [2, 4]}},
+        {"series": {"s": [-1, 2]}},
+        {"title": HOSTILE, "x": [HOSTILE, "b"]},
+    ):
+        figure = ElementTree.fromstring(drawn(BARS | changes))
         assert figure.tag == "figure"
         for mark in figure.iter():
             for key in ("x", "y", "x1", "x2", "y1", "y2", "cx", "cy"):
