@@ -36,6 +36,7 @@ def test_weights_and_cache_are_those_of_the_inventory_and_of_the_pool():
     pool = plan_cache(FLASH.config, "fp8", 8, room.max_context, 3, True, room.cache_tokens)
     assert found["cache"] == pool.total_bytes
     assert found["snapshots"] == 256 << 20
+    assert by_name(changed(host_bytes=GIB).room(0))["snapshots"] == GIB + (256 << 20)
     assert room.needed_bytes == sum(found.values())
 
 

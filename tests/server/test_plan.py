@@ -6,7 +6,9 @@ import pytest
 
 from pyrosome.cache.streams import cache_tokens_in, pages_for, plan_cache
 from pyrosome.config import ModelConfig
+from pyrosome.options import EngineOptions
 from pyrosome.plan.inventory import Model, held_bytes
+from pyrosome.plan.serving import Server
 from pyrosome.server.plan import sessions_in
 from tests.server.scripted import MODEL
 
@@ -27,6 +29,13 @@ def test_the_plan_says_how_many_sessions_of_each_length_the_cache_holds(nano):
     longest = str(plan["max_context"])
     assert set(plan["sessions_in_cache"]) == {n for n in plan["sequence_bytes"] if int(n) <= plan["max_context"]}
     assert plan["sessions_in_cache"][longest] == plan["cache_tokens"] // plan["max_context"]
+
+
+def test_the_plan_says_what_steps_take_besides(nano):
+    plan = nano.get("/plan").json()
+    served = Server.of(Model.open(MODEL), plan["kv_format"], EngineOptions(cache_bytes=64 << 20))
+    step, captured = (i.num_bytes for i in served.room(0).items if i.kind == "workspace")
+    assert plan["workspace_bytes"] == {"step": step, "captured_steps": captured}
 
 
 @pytest.mark.parametrize("kv_format", ["fp8", "bf16"])

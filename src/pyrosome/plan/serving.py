@@ -90,8 +90,8 @@ class Server:
             Item("weights", "weights", self.other_bytes + (0 if self.mapped else self.expert_bytes)),
             Item("cache", "kv", cache.total_bytes),
             Item("snapshots", "reserve", options.snapshot_bytes + options.host_bytes),
-            Item(f"a step of {options.step_tokens:,} tokens", "workspace", self._step_bytes(max(1, context))),
-            Item("captured steps", "workspace", self._captured_bytes(max(1, context))),
+            Item(f"a step of {options.step_tokens:,} tokens", "workspace", self.step_bytes(max(1, context))),
+            Item("captured steps", "workspace", self.captured_steps_bytes(max(1, context))),
             Item("processes", "system", PROCESS_BYTES),
         )
         return Room(items, tokens, context, available_bytes)
@@ -124,14 +124,14 @@ class Server:
             )  # fmt: skip
         return room
 
-    def _step_bytes(self, context: int) -> int:
+    def step_bytes(self, context: int) -> int:
         """Of the largest step: the last one of the longest prompt, or one in which all sequences decode."""
         o = self.options
         about = CpuStep(self.kv_format, self.numerics, o.max_drafts, self.has_drafts)
         prompt = cpu_prompt_bytes(self.config, o.step_tokens, context, about)
         return max(prompt, cpu_decode_bytes(self.config, o.max_sequences, context, about))
 
-    def _captured_bytes(self, context: int) -> int:
+    def captured_steps_bytes(self, context: int) -> int:
         """Of all captures that may be kept, at most."""
         o, spans = self.options, min(self.options.max_sequences, CAPTURED_TOKENS)
         one = Spans(

@@ -9,6 +9,7 @@ from typing import Any
 from pyrosome.cache.streams import CachePlan, cache_tokens_in, pages_for, plan_cache
 from pyrosome.config import ModelConfig
 from pyrosome.plan.inventory import Model, add_up
+from pyrosome.plan.serving import Server
 from pyrosome.server.service import Service
 
 PLANNED_CONTEXTS = (8_192, 131_072, 1_048_576)
@@ -38,15 +39,28 @@ def planned(service: Service, about: dict[str, Any]) -> dict[str, Any]:
         "max_sequences": options.max_sequences,
         "max_context": about["max_context"],
         "weights_bytes": weights_by_part(service.card.path),
+        "workspace_bytes": _workspace(service, about),
         "sessions_in_cache": {str(n): sessions_in(plan, n, options.max_sequences) for n in within},
     }
 
 
-@functools.lru_cache(maxsize=4)
 def weights_by_part(path: Path) -> dict[str, int]:
     """Bytes of weights by part, as the CPU kernels hold them."""
-    found = add_up(Model.open(path).held, lambda t: t.part, "tiles")
+    found = add_up(_model(path).held, lambda t: t.part, "tiles")
     return {str(part): num_bytes for part, num_bytes in found.items()}
+
+
+def _workspace(service: Service, about: dict[str, Any]) -> dict[str, int]:
+    """Bytes that steps take beside weights and cache, at most."""
+    model, numerics = _model(service.card.path), about["numerics"]
+    server = Server.of(model, about["kv_format"], service.engine_options, numerics=numerics)
+    context = about["max_context"]
+    return {"step": server.step_bytes(context), "captured_steps": server.captured_steps_bytes(context)}
+
+
+@functools.lru_cache(maxsize=4)
+def _model(path: Path) -> Model:
+    return Model.open(path)
 
 
 def sessions_in(plan: CachePlan, context: int, max_sequences: int) -> int:
