@@ -31,6 +31,7 @@ from pyrosome.plan.workspace import (
 )
 from pyrosome.testing.checkpoints import random_tensors
 from pyrosome.testing.live_bytes import LiveBytes, heap_bytes
+from pyrosome.testing.shapes import tiny
 from tests.golden.vectors import GOLDEN
 from tests.plan.test_allocated import SHAPES
 
@@ -77,7 +78,6 @@ def measured(run: Runner, spans, **more) -> int:
         for sequence, (start, _) in zip(group, spans, strict=True):
             if start:
                 run.step([(sequence, [1] * start)])
-    gc.collect()
     workspace.give_back()
     with LiveBytes() as live:
         for group in sequences:
@@ -86,8 +86,8 @@ def measured(run: Runner, spans, **more) -> int:
 
 
 def asked(run: Runner, spans, numerics: str, kv_format: str, form: str, **more) -> Spans:
-    config = run.model.config
-    return Spans(config, tuple(spans), CONTEXT, kv_format, numerics, form, has_drafts=run.has_drafts, **more)
+    more = {"has_drafts": run.has_drafts, "is_drafting": False} | more
+    return Spans(run.model.config, tuple(spans), CONTEXT, kv_format, numerics, form, **more)
 
 
 PROMPT, MIXED = [(0, 200)], [(140, 1), (130, 40)]
@@ -124,12 +124,62 @@ def test_other_rows_drafts_and_logits_of_every_token_are_planned(kv_format, span
 
 
 @needs_library
+@pytest.mark.parametrize(
+    ("phase", "spans", "every_row", "fields"),
+    [
+        ("indexer", [(1500, 60)], False, {}),
+        ("attention", [(300, 1), (200, 1)], False, {"index_topk": 400}),
+        ("check", [(0, 100)], True, {"vocab_size": 9000}),  # logits are there, and streams are looked at
+    ],
+)
+def test_each_phase_that_may_need_most_is_planned(phase, spans, every_row, fields):
+    """In float32 rows, read by the definitions."""
+    config = dataclasses.replace(SHAPES["tiny"], **fields)
+    model = Network(config, numerics_named("exact"), drafts=False)
+    fill(model, random_tensors(config, 0, "bf16", num_stages=0))
+    run = Runner(model.eval(), "f32", 4, CONTEXT)
+    group = [run.open() for _ in spans]
+    for sequence, (start, _) in zip(group, spans, strict=True):
+        if start:
+            run.step([(sequence, [1] * start)])
+    workspace.give_back()
+    with LiveBytes() as live:
+        run.step([(s, [2] * tokens) for s, (_, tokens) in zip(group, spans, strict=True)], every_row=every_row)
+    asked_of = asked(run, spans, "exact", "f32", "tiles", quantised=False, every_row=every_row)
+    planned = step_workspace(asked_of)
+    assert planned.tensor_bytes == pytest.approx(live.peak, rel=0.02)
+    assert planned.peak == phase
+
+
+@needs_library
 def test_blocks_that_are_lent_again_are_counted_once():
     run = runner("narrow", "trained", "fp8", "tiles")
     spans = [(0, 1500)]  # queries of 12 MB, index queries of 6
     planned = step_workspace(asked(run, spans, "trained", "fp8", "tiles"))
     assert LEAST_LENT < 4 * 1500 * 4 * 512
     assert planned.tensor_bytes == pytest.approx(measured(run, spans), rel=0.02)
+
+
+@needs_library
+@pytest.mark.parametrize("tokens", [60, 1200])
+@pytest.mark.parametrize("numerics", KV_FORMATS)
+def test_a_draft_stage_behind_a_step_is_planned(numerics, tokens):
+    kv_format, config = KV_FORMATS[numerics], tiny((0, 0))
+    model = Network(config, numerics_named(numerics), drafts=True)
+    fill(model, random_tensors(config, 0, "bf16"))
+    run = Runner(model.eval(), kv_format, 1, CONTEXT, num_drafts=2)
+    sequence, ids = run.open(), [2] * tokens
+    run.step([(sequence, [1] * 9)])
+    workspace.give_back()
+    with LiveBytes() as live:
+        _, _, forward = run.forward([(sequence, ids)], [1])
+        run.draft(forward, [(sequence, 8, ids)])
+    more = {"num_drafts": 2, "is_drafting": True, "quantised": False}
+    spans = asked(run, [(9, tokens)], numerics, kv_format, "tiles", **more)
+    planned = step_workspace(spans)
+    assert planned.tensor_bytes == pytest.approx(live.peak, rel=0.02)
+    assert planned.peak.startswith("draft stage")
+    assert planned.tensor_bytes > 1.1 * step_workspace(dataclasses.replace(spans, is_drafting=False)).tensor_bytes
 
 
 @needs_library
@@ -171,7 +221,6 @@ def test_scratch_grows_chunk_by_chunk_as_planned(shape, numerics, form, tokens):
         workspace.give_back()
         sequence, heap = run.open(), heap_bytes()
         run.step([(sequence, [2] * tokens)])
-        gc.collect()
         workspace.give_back()
         grown.append(heap_bytes() - heap)
 

@@ -80,6 +80,8 @@ def arenas(spans: Spans) -> tuple[Arena, Arena]:
         for ratio in dict.fromkeys(spans.config.layer_ratios):
             step.layer(ratio)
         step.head()
+        if spans.has_drafts and spans.is_drafting:
+            step.draft()
     return caller, worker
 
 
@@ -120,6 +122,14 @@ class _Calls:
         if self.calls:
             with self.arena.block():
                 self.arena.take(4 * rows * self.config.hidden_size)
+
+    def draft(self) -> None:
+        """What goes into the draft stage's block, and the block, whose layer has no history."""
+        c = self.config
+        self._linear(self.T, c.hidden_size, norm=False)
+        self._linear(self.T * c.hc_mult, c.hidden_size, norm=False)
+        self.layer(0)
+        self.head()
 
     def _inputs(self, rows: int, width: int, *, floats: bool | None = None) -> int:
         """Bytes of rows that are prepared for a quantised weight: pairs of bfloat16, or of floats."""

@@ -68,6 +68,7 @@ class Spans:
     every_row: bool = False  # logits of every token, not of each span's last
     num_drafts: int = 0  # that one step may verify: rings are longer by so many
     has_drafts: bool = False  # an MTP stage stands beside the trunk
+    is_drafting: bool = True  # and runs over the step's tokens after it
     ranks: int = 1  # that share the routed experts
     threads: int = 1
 
@@ -219,26 +220,55 @@ class Memory:
 class _Walk:
     """One step from its beginning to its end."""
 
-    def __init__(self, spans: Spans, memory: Memory) -> None:
-        self.spans, self.config, self.memory = spans, spans.config, memory
+    def __init__(self, spans: Spans, memory: Memory, prefix: str = "") -> None:
+        self.spans, self.config, self.memory, self.prefix = spans, spans.config, memory, prefix
         self.T, self.B = spans.num_tokens, len(spans.spans)
         self.derived: dict[tuple[object, ...], list[Held]] = {}  # what layers share, kept as long as the step
+        self._index_bytes = 0
 
     def run(self) -> None:
-        """`Runner.step`."""
+        """`Runner.step`, and the draft stage behind it."""
         m, c = self.memory, self.config
-        m.phase = "step"
+        self._now("step")
         packed = m.make(3 * self.T + 4 * self.B, size=8)
         streams = self._trunk()
         logits = self._logits(streams)
-        m.phase = "check"
+        self._now("check")
         before = []
+        hidden = self._rings(draft_streams(c, self.spans.kv_format))["draft_hidden"]
         if self.spans.has_drafts:
-            hidden = self._rings(draft_streams(c, self.spans.kv_format))["draft_hidden"]
             before = [m.make(self.B, hidden, c.hc_mult * c.hidden_size)]
             self._place(hidden)
         m.passing(min(self.T, FINITE_ROWS), c.hc_mult * c.hidden_size)
-        m.drop(packed, streams, *logits, *before, *(h for made in self.derived.values() for h in made))
+        if self.spans.has_drafts and self.spans.is_drafting:
+            _Walk(self.spans, m, "draft stage: ").draft(hidden)
+        m.drop(packed, streams, *logits, *before)
+        self._forget()
+
+    def draft(self, ring_rows: int) -> None:
+        """`Runner.draft`, while the trunk's step and streams are still there: from them and the next ids."""
+        m, (T, J, D) = self.memory, (self.T, self.config.hc_mult, self.config.hidden_size)
+        self._now("inputs")
+        packed = m.make(3 * T + 4 * self.B, size=8)
+        united = m.make(1 + self.B * ring_rows + T, J, D)
+        given = m.make(T, J, D)
+        m.drop(united)
+        embedded = m.make(T, D)
+        normed = m.make(T, D)
+        m.drop(embedded)
+        by_id, normed_streams = m.lend(T, D), m.make(T, J, D)
+        by_streams = m.lend(T, J, D)
+        m.drop(normed_streams)
+        streams = m.make(T, J, D)
+        m.drop(by_id, by_streams)
+        turns = m.make(T, self.config.qk_rope_head_dim)
+        streams = self._block(streams, self.config.num_hidden_layers, 0, [])
+        m.drop(turns, normed, given)
+        m.drop(*self._logits(streams), packed, streams)
+        self._forget()
+
+    def _now(self, phase: str) -> None:
+        self.memory.phase = self.prefix + phase
 
     def capture(self) -> None:
         """`engine.graphs.capture`: streams before the first layer, and all that is made after."""
@@ -255,7 +285,7 @@ class _Walk:
             rows = self.spans.num_emits(ratio)
             self._once("emit", ratio, sizes=[rows + 1, rows + 1, rows, rows] if rows else [])
             turns.append(m.make(rows, c.qk_rope_head_dim))
-        m.phase = "embedding"
+        self._now("embedding")
         streams = m.make(T, c.hc_mult, c.hidden_size)
         m.passing(T, c.hidden_size)
         scores: list[Held] = []
@@ -267,15 +297,15 @@ class _Walk:
     def _block(self, streams: Held, layer: int, ratio: int, scores: list[Held]) -> Held:
         """`Block.forward`; the caller holds the streams until it has the new ones."""
         m, (T, J, D) = self.memory, (self.T, self.config.hc_mult, self.config.hidden_size)
-        m.phase = "hyper-connections"
+        self._now("hyper-connections")
         sub = self._read_streams()
         out = self._attention(ratio, scores)
-        m.phase = "hyper-connections"
+        self._now("hyper-connections")
         turned, next_sub = m.lend(T, J, D), self._read_streams()
         m.drop(*sub)
         done = self._moe(layer)
         m.drop(out)
-        m.phase = "hyper-connections"
+        self._now("hyper-connections")
         new = m.lend(T, J, D)
         m.drop(turned, *next_sub, done, streams)
         return new
@@ -289,7 +319,7 @@ class _Walk:
         m, c, s, T = self.memory, self.config, self.spans, self.T
         H, C, narrow = c.num_attention_heads, c.head_dim, s.kv_format != "f32"
         rings = self._rings(layer_streams(c, ratio, s.kv_format))
-        m.phase = "attention: projections"
+        self._now("attention: projections")
         widths = [c.q_lora_rank, C, *_compressed_widths(c, ratio)]
         latent, row, *inputs = [m.lend(T, n) for n in widths]
         raised = m.lend(T, H, C)
@@ -310,7 +340,7 @@ class _Walk:
             scores += self._indexer(rings["index_tail"])
         elif ratio:
             self._all_rows(ratio)
-        m.phase = "attention"
+        self._now("attention")
         if narrow:
             o = m.lend(T, H, C)
         else:
@@ -318,7 +348,7 @@ class _Walk:
             held.append(united)
         m.drop(q)
         self._place(rings["window_kv"])
-        m.phase = "attention: output"
+        self._now("attention: output")
         z, out = m.lend(T, c.o_groups, c.o_lora_rank), m.lend(T, c.hidden_size)
         m.drop(row, o, z, *held)
         return out
@@ -339,7 +369,7 @@ class _Walk:
     def _indexer(self, ring_rows: int) -> list[Held]:
         """`Indexer.forward`: what it returns is kept until the last layer is done."""
         m, c, s, T = self.memory, self.config, self.spans, self.T
-        m.phase = "indexer"
+        self._now("indexer")
         rows, N = s.num_emits(CSA_RATIO), s.num_rows(CSA_RATIO)
         K = min(c.index_topk, N)
         pooled = m.make(rows, c.index_head_dim)
@@ -348,20 +378,22 @@ class _Walk:
         m.drop(pooled)
         q, weight = m.lend(T, c.index_n_heads, c.index_head_dim), m.make(T, c.index_n_heads)
         self._once("visible", CSA_RATIO, sizes=[T])
-        choice = [m.make(T, K), m.make(T, K, size=8)] if s.kv_format == "fp8" else self._index_over_floats(N, K)
+        if s.kv_format != "fp8" and K:
+            m.passing(self._index_over_floats(N, K), size=1)
+        choice = [m.make(T, K), m.make(T, K, size=8)]
         m.drop(key, q, weight)
         return choice
 
-    def _index_over_floats(self, N: int, K: int) -> list[Held]:
-        """The definition of `index_topk`, which reads keys of any format as floats."""
-        m, c, T = self.memory, self.config, self.T
-        if not K:
-            return []
+    def _index_over_floats(self, N: int, K: int) -> int:
+        """Bytes at the peak of `index_topk`'s definition, which reads keys of any format as floats."""
+        if self._index_bytes:
+            return self._index_bytes  # every CSA layer's are alike
+        m, c, T = Memory(), self.config, self.T
         kept: list[Held] = []  # of the last tile and range of rows, until the function ends
         best: list[Held] = []
         for low in range(0, N, INDEX_ROWS):
             n = min(INDEX_ROWS, N - low)
-            numbers, keys = m.make(n, size=8), self._decoded(self.B * n, c.index_head_dim)
+            numbers, keys = m.make(n, size=8), self._decoded(m, self.B * n, c.index_head_dim)
             m.drop(*kept)
             kept = [numbers, keys]
             parts: list[Held] = []
@@ -392,13 +424,12 @@ class _Walk:
         index = m.make(T, K, size=16)  # sorted: which, and in what order
         m.passing(T, K, size=8)
         m.passing(T, K, size=33)  # scores that are read out of ranks again
-        choice = [m.make(T, K), m.make(T, K, size=8)]
         m.drop(index, *best, *kept)
-        return choice
+        self._index_bytes = m.peak
+        return m.peak
 
-    def _decoded(self, rows: int, width: int) -> Held:
+    def _decoded(self, m: Memory, rows: int, width: int) -> Held:
         """Rows of pages as floats."""
-        m = self.memory
         if self.spans.kv_format == "f32":
             return m.make(rows, width)
         stored = m.make(rows, width, size=2)
@@ -438,7 +469,7 @@ class _Walk:
 
     def _moe(self, layer: int) -> Held:
         m, c, T = self.memory, self.config, self.T
-        m.phase = "experts"
+        self._now("experts")
         if c.is_hash(layer):
             self._once("picked", layer, sizes=[T * c.num_experts_per_tok])
         route = [m.make(T, c.num_experts_per_tok, size=8), m.make(T, c.num_experts_per_tok)]
@@ -463,7 +494,7 @@ class _Walk:
 
     def _logits(self, streams: Held) -> list[Held]:
         m, c = self.memory, self.config
-        m.phase = "logits"
+        self._now("logits")
         rows = self.T if self.spans.every_row else self.B
         at = m.make(rows, size=8)
         picked = [] if rows == self.T else [m.make(rows, c.hc_mult, c.hidden_size)]
@@ -476,6 +507,9 @@ class _Walk:
     def _once(self, *key: object, sizes: Sequence[int]) -> None:
         if key not in self.derived:
             self.derived[key] = [self.memory.make(n, size=8) for n in sizes]
+
+    def _forget(self) -> None:
+        self.memory.drop(*(held for made in self.derived.values() for held in made))
 
     def _place(self, ring_rows: int) -> None:
         """Where each token's row of a ring is written: slot, row, and both as one number."""
@@ -491,7 +525,7 @@ class _Walk:
         self._once("visible", ratio, sizes=[self.T])
         if ("rows", ratio) in self.derived:
             return
-        self.memory.phase = "attention: all rows"
+        self._now("attention: all rows")
         self._once("rows", ratio, sizes=[self.T * (self.spans.context // ratio)])
         self.memory.passing(self.T, self.spans.context // ratio, size=1)
 
