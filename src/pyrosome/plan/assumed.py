@@ -54,8 +54,8 @@ SHARES: Mapping[str, Shares] = {
     ),
     "cpu": Shares(
         read=0.65, rows=0.4,
-        compute={"matrices": 0.2, "experts": 0.2, "plain": 0.15, "streams": 0.03, "attention": 0.15, "indexer": 0.2},
+        compute={"matrices": 0.25, "experts": 0.25, "plain": 0.2, "streams": 0.02, "attention": 0.25, "indexer": 0.4},
         layer_s=60e-6, token_s=1e-6, step_s=300e-6, link=0.7, hop_s=40e-6, far_hop_s=40e-6, overlaps=True,
-        source="assumed for a CPU: 65% of the maker's bandwidth, 15 to 20% of its FLOPs",
+        source="assumed for a CPU: 65% of the maker's bandwidth, 20 to 40% of its FLOPs",
     ),
 }  # fmt: skip
