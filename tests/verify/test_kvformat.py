@@ -143,6 +143,15 @@ def test_each_bound_counts(mean, p99, sure):
     assert held(apart, "x", kvformat.Bounds(mean, p99, sure, "given")).ok is ok
 
 
+def test_beyond_assumed_bounds_nothing_is_said_of_weights_of_unknown_training():
+    yes = torch.ones(2) > 0
+    within, beyond = (Apart(torch.arange(2), torch.tensor([x, x]), yes, yes) for x in (0.01, 0.2))
+    assert held(within, "x", kvformat.BOUNDS, is_known=False).ok is True
+    finding = held(beyond, "x", kvformat.BOUNDS, is_known=False)
+    assert finding.ok is None and "not known" in finding.detail and finding.figures["mean"] == pytest.approx(0.2)
+    assert held(beyond, "x", kvformat.BOUNDS).ok is False
+
+
 def test_what_is_no_number_fails_and_says_where():
     yes = torch.ones(2) > 0
     finding = held(Apart(torch.arange(2), torch.tensor([0.0, float("nan")]), yes, yes), "x", kvformat.BOUNDS)

@@ -124,6 +124,48 @@ def test_a_planted_fault_is_found(monkeypatch, what, owner, name, fault):
 
 
 @needs_kernels
+def test_drafts_that_are_all_refused_are_to_be_looked_at_where_the_language_is_known(monkeypatch):
+    assert not found("with drafts of the head").warns
+    draft = Runner.draft
+    monkeypatch.setattr(Runner, "draft", lambda runner, *given, **more: upside_down(*draft(runner, *given, **more)))
+    assert not found("with drafts of the head").warns  # of ids at random nobody guesses the next
+    model = subject.subject(NANO).model
+    bench = routes.Bench(model, 0, quick=True, texts=[(0, *range(40, 60))])
+    finding = routes.held(bench, "drafts", routes.drafts_of_the_head, bits=True)
+    assert finding.ok is True and finding.warns and "only refusals were tried" in finding.detail
+
+
+def upside_down(logits_BV, streams):
+    return -logits_BV, streams
+
+
+@needs_kernels
+def test_where_no_draft_is_made_nothing_was_tried(monkeypatch):
+    monkeypatch.setattr("pyrosome.engine.speculate.PromptLookup.propose", lambda lookup, count: [])
+    monkeypatch.setattr(routes, "ROUTES", {"drafts": routes.drafts_of_the_prompt})
+    (only,) = routes.check(NANO)
+    assert only.ok is None and "no draft was made" in only.detail
+
+
+@needs_kernels
+def test_experts_that_are_not_quantised_are_not_mapped_and_wrong_ones_are_found(monkeypatch, tmp_path):
+    monkeypatch.setattr(routes, "ROUTES", {"mapped": routes.mapped})
+    path = random_checkpoint(tmp_path / "tiny", tiny((0, 4, 128)), 0, "bf16")
+    (only,) = routes.check(Wanted(str(path), quick=True))
+    assert only.ok is None and "only quantised experts" in only.detail
+    load = load_model
+
+    def swapped(*given, **named):
+        other = load(*given, **named)
+        other.network.layers[2].ffn.gate.bias.data.neg_()
+        return other
+
+    monkeypatch.setattr(routes, "load_model", swapped)
+    (only,) = routes.check(NANO)
+    assert only.ok is False and "with mapped experts" in only.detail
+
+
+@needs_kernels
 def test_threads_that_share_a_sum_are_found(monkeypatch):
     monkeypatch.setattr(running.Network, "logits", by_threads)
     finding = found("one thread and two")

@@ -31,7 +31,6 @@ FLOOR = 0.90
 # chats; weights or an engine that are at fault fall far below.
 FLOOR_OFFICIAL = 0.75
 TOO_LOW = 0.2  # with recall below, a length that does worse cannot be told from the others
-OFFICIAL_VOCABULARY = 129_280
 BUCKET = 16  # remainders by 128 that are counted together
 BORDER = 2  # tokens on either side of a block's border
 _ANSWER = 16  # tokens
@@ -65,7 +64,7 @@ def _found(wanted: Wanted, subject: Subject) -> Iterator[Finding]:
     floor = None
     if subject.is_builtin:
         floor = FLOOR
-    elif subject.model.config.vocab_size == OFFICIAL_VOCABULARY:
+    elif subject.is_official:
         floor = FLOOR_OFFICIAL
     ask, watch = of_ledgers if subject.is_builtin else of_sentences, _Telling(wanted)
     for context, n in (_BUILTIN if subject.is_builtin else _PLAIN)[wanted.quick]:

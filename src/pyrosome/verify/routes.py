@@ -19,11 +19,12 @@ import torch
 
 from pyrosome.cache.streams import BLOCK_TOKENS
 from pyrosome.config import CSA_RATIO
-from pyrosome.engine.loaded import LoadedModel
-from pyrosome.errors import DoesNotFit, PyrosomeError
+from pyrosome.engine.loaded import LoadedModel, load_model
+from pyrosome.errors import DoesNotFit, PyrosomeError, UnsupportedFormat
 from pyrosome.ops import native
 from pyrosome.verify.finding import Finding, Wanted
 from pyrosome.verify.subject import Subject, asked, why_no_bits
+from pyrosome.verify.texts import texts
 from pyrosome.verify.watched import TOLERANCE, Said, Watched, compare, greedy, in_spans, request
 
 CHECK = "routes"
@@ -34,14 +35,23 @@ _AT_ONCE = 8  # sequences of an engine
 _KEPT = 4  # plain answers that are kept beside those of the prompts
 _SINGLE, _SINGLE_QUICK = 140, 40  # tokens of the longest prompt that is computed token by token
 _CROWD_STEP = 160  # tokens of a step that many share: prompts are cut where it is full
+_TEXTS = 3  # prompts in the model's own language
 _PATTERN = 24  # tokens that repeat in a prompt whose continuation can be guessed
 
 
 class Bench:
-    """One model's prompts, and what it plainly says to each."""
+    """One model's prompts, and what it plainly says to each.
 
-    def __init__(self, model: LoadedModel, seed: int, quick: bool) -> None:
+    Args:
+        source: what the model was loaded from, for routes that load it in another way.
+        texts: prompts in its own language, where it has one: what goes on from them can be guessed.
+    """
+
+    def __init__(
+        self, model: LoadedModel, seed: int, quick: bool, *, source: str = "", texts: Sequence[Sequence[int]] = ()
+    ) -> None:
         self.model, self.quick, self.rng = model, quick, random.Random(f"routes/{seed}")
+        self.source, self.texts = source or str(model.path), [tuple(ids) for ids in texts]
         self.longest = model.config.max_position_embeddings - 2 * (ANSWER + TAIL)
         self.prompts = [self.ids(n) for n in self._lengths()]
         self.plain = functools.lru_cache(len(self.prompts) + _KEPT)(self._plain)
@@ -77,8 +87,12 @@ class Bench:
 
     def watched(self, sequences: int = _AT_ONCE, **options: object) -> Watched:
         """An engine with room for the longest prompt and two turns more."""
-        longest = max(map(len, self.prompts), default=1)
+        longest = max(map(len, (*self.prompts, *self.texts)), default=1)
         return Watched(self.model, max(longest, 4 * BLOCK_TOKENS) + 2 * (ANSWER + TAIL), sequences, **options)
+
+
+class NothingTried(Exception):
+    """A route that cannot be taken with this model; the argument says why."""
 
 
 Route = Callable[[Bench], Iterator[Said]]
@@ -99,7 +113,9 @@ def _found(wanted: Wanted, subject: Subject) -> Iterator[Finding]:
         detail = f"{why_not}, and by the definitions nothing is promised of numerics {wanted.numerics}; ask for exact"
         yield Finding(CHECK, "all routes", None, detail)
         return
-    bench = Bench(subject.model, wanted.seed, wanted.quick)
+    rng = random.Random(f"routes/{wanted.seed}/texts")
+    spoken = texts(subject, rng, _TEXTS, 2 * BLOCK_TOKENS) if subject.has_tokenizer else []
+    bench = Bench(subject.model, wanted.seed, wanted.quick, source=wanted.model, texts=spoken)
     for number, (what, route) in enumerate(ROUTES.items()):
         wanted.tell(number, len(ROUTES), f"routes: {what}")
         if why_not and route is threads:
@@ -114,20 +130,26 @@ def _tried(bench: Bench, what: str, route: Route, *, bits: bool) -> Finding:
     """As `held`; a route that breaks is a finding, and the next one is tried."""
     try:
         return held(bench, what, route, bits=bits)
-    except DoesNotFit as error:
+    except (DoesNotFit, UnsupportedFormat) as error:  # of the ways of loading, some are for quantised experts alone
         return Finding(CHECK, what, None, f"left out: {error}")
+    except NothingTried as error:
+        return Finding(CHECK, what, None, f"nothing was tried: {error}")
     except PyrosomeError as error:
         return Finding(CHECK, what, False, f"{type(error).__name__}: {error}")
 
 
 def held(bench: Bench, what: str, route: Route, *, bits: bool) -> Finding:
-    """One route over all its cases, against the plain one."""
-    faults, rows, tokens, cases, differing, worst, about = [], 0, 0, 0, 0, 0.0, ""
+    """One route over all its cases, against the plain one.
+
+    Raises:
+        NothingTried: it cannot be taken.
+    """
+    faults, rows, tokens, cases, differing, worst, about, warns = [], 0, 0, 0, 0, 0.0, "", False
     for said in route(bench):
         found = compare(said, bench.plain(said.ids), bits=bits)
         cases, rows, tokens = cases + 1, rows + found.rows, tokens + len(said.tokens)
         differing, worst = differing + found.differing, max(worst, found.worst)
-        about = said.about or about
+        about, warns = said.about or about, warns or said.warns
         if found.fault:
             faults.append(f"{said.label}: {found.fault}")
     promise = "the same to the last bit" if bits else f"within {TOLERANCE:.0e}"
@@ -140,9 +162,8 @@ def held(bench: Bench, what: str, route: Route, *, bits: bool) -> Finding:
         "lengths": [len(p) for p in bench.prompts], "faults": faults,
     }  # fmt: skip
     if not cases:
-        longest = bench.model.config.max_position_embeddings
-        return Finding(CHECK, what, None, f"nothing to try: the model has {longest} positions, and it needs more")
-    return Finding(CHECK, what, not faults, f"{detail}; {about}" if about else detail, figures)
+        raise NothingTried(f"the model has {bench.model.config.max_position_embeddings} positions, and it needs more")
+    return Finding(CHECK, what, not faults, f"{detail}; {about}" if about else detail, figures, warns)
 
 
 def cut(bench: Bench) -> Iterator[Said]:
@@ -309,15 +330,26 @@ def drafts_of_the_prompt(bench: Bench) -> Iterator[Said]:
 def _drafted(bench: Bench, drafter: str) -> Iterator[Said]:
     # A passage over and over can be guessed; ids at random hardly, so there most drafts are refused.
     again = [(bench.ids(_PATTERN) * 12)[:n] for n in bench.places(min(12 * _PATTERN, bench.longest))]
-    prompts = [*again, *bench.prompts[:: 3 if bench.quick else 1]]
+    prompts = [*(t for t in bench.texts if len(t) <= bench.longest), *again]
+    prompts += bench.prompts[:: 3 if bench.quick else 1]
     engine = bench.watched(drafter=drafter, max_drafts=3)
     said = list(_asked(engine, {f"{n}": ids for n, ids in enumerate(prompts)}))
     drafted, accepted = sum(engine.engine.stats.drafted), sum(engine.engine.stats.accepted)
-    about = f"{accepted} of {drafted} drafts were accepted"
-    if drafted and not accepted:
-        about += ": only refusals were tried"
+    if not drafted:
+        raise NothingTried("no draft was made")
+    about = f"{accepted} of {drafted} drafts were accepted" + ("" if accepted else ": only refusals were tried")
+    warns = drafter == "mtp" and not accepted and bool(bench.texts)  # a head that knows the language guesses some
     for one in said:
-        yield dataclasses.replace(one, about=about if drafted else "no draft was made: nothing was tried")
+        yield dataclasses.replace(one, about=about, warns=warns)
+
+
+def mapped(bench: Bench) -> Iterator[Said]:
+    """Prompts computed with routed experts read in the checkpoint's files."""
+    m = bench.model
+    other = load_model(bench.source, numerics=m.numerics, kv_format=m.kv_format, experts="mapped")
+    for ids in bench.prompts[:: 3 if bench.quick else 1]:
+        tokens = bench.plain(ids).tokens
+        yield Said(f"{len(ids)} tokens with mapped experts", ids, in_spans(other, ids, (), tokens[:1]), ())
 
 
 def threads(bench: Bench) -> Iterator[Said]:
@@ -355,5 +387,6 @@ ROUTES: dict[str, Route] = {
     "set aside and resumed": parked,
     "with drafts of the head": drafts_of_the_head,
     "with drafts of the prompt": drafts_of_the_prompt,
+    "experts in memory and in the file": mapped,
     "one thread and two": threads,
 }

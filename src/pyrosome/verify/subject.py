@@ -30,6 +30,7 @@ from pyrosome.ops.seam import OPS
 from pyrosome.options import EngineOptions
 from pyrosome.verify.finding import Finding, Wanted
 
+OFFICIAL_VOCABULARY = 129_280  # ids of every official release
 STEP_TOKENS = 256  # of a text, computed at once while its rows are read
 # Beside the weights: what a step works in, and per id of the vocabulary the logits that are kept for comparison.
 STEP_BYTES, LOGIT_BYTES = 256 << 20, 16 << 10
@@ -59,6 +60,11 @@ class Subject(Evaluated):
         self.model, self.is_builtin = model, is_builtin
         self.options, self._numbers = EngineOptions(), itertools.count()
         self._tokenizer_dir = tokenizer_dir or model.path
+
+    @property
+    def is_official(self) -> bool:
+        """Whether it has an official release's vocabulary: then what it was trained for is known."""
+        return self.model.config.vocab_size == OFFICIAL_VOCABULARY
 
     @property
     def has_tokenizer(self) -> bool:

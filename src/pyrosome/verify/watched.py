@@ -37,6 +37,7 @@ class Said:
         tokens: chosen greedily after the prompt.
         fault: what shows that the route was not taken at all; "" where it was.
         about: what is to be told of the route as a whole so far.
+        warns: whether somebody should look at that.
     """
 
     label: str
@@ -45,6 +46,7 @@ class Said:
     tokens: tuple[int, ...]
     fault: str = ""
     about: str = ""
+    warns: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
