@@ -72,8 +72,9 @@ def _bring(hub: Hub, listing: Listing, file: RemoteFile, directory: Path, heard:
         if digest.is_right:
             os.replace(partial, final)
             return digest.sha256
+        num_bytes = partial.stat().st_size  # more than it should have, if it was begun by something else
         partial.unlink()
-        heard("dropped", file.num_bytes)
+        heard("dropped", num_bytes)
     raise wrong_bytes(hub.endpoint, file)
 
 
@@ -111,10 +112,6 @@ def _download(hub: Hub, listing: Listing, file: RemoteFile, partial: Path, heard
     with open(partial, "a+b") as f:
         f.seek(0)
         have = _feed(f, digest, hub.stop, heard)
-        if have > file.num_bytes:  # of another revision, whose file was longer
-            f.truncate(0)
-            heard("dropped", have)
-            digest, have = Digest(file), 0
         while have < file.num_bytes:
             try:
                 for data in hub.stream(listing, file, have, file.num_bytes):
