@@ -24,6 +24,7 @@ from pyrosome.plan.workspace import (
     LEAST_LENT,
     Memory,
     Spans,
+    _Walk,
     captured_bytes,
     decode_step,
     prompt_step,
@@ -56,12 +57,13 @@ def runner(shape: str, numerics: str, kv_format: str, form: str, *, ranks: int =
 
 @functools.cache
 def network(shape: str, numerics: str, form: str, ranks: int) -> Network:
+    layout = "bf16" if form == "float32" else "fp8fp4"
     if shape == "golden":
-        index = open_checkpoint(GOLDEN / "fp8fp4")
+        index = open_checkpoint(GOLDEN / layout)
         config, tensors, drafts = index.config, read_tensors(index), index.has_drafts
     else:
         config, drafts = SHAPES[shape], True
-        tensors = random_tensors(config, 0, "fp8fp4")
+        tensors = random_tensors(config, 0, layout)
     model = Network(config, numerics_named(numerics), drafts=drafts)
     if ranks > 1:
         model.bank.share(Echo(0, ranks))
@@ -233,6 +235,41 @@ def test_scratch_grows_chunk_by_chunk_as_planned(shape, numerics, form, tokens):
     caller, _ = arenas(asked(run, [(0, tokens)], numerics, kv_format, form))
     assert caller.touched_bytes <= caller.held_bytes
     assert 0 <= grown[0] - caller.held_bytes < 1 << 18  # beside them are Python's own objects
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_a_sum_over_ranks_has_every_part_and_half_as_many_sums(ranks):
+    part = torch.ones(40, FLASH.hidden_size)
+    with torch.inference_mode(), LiveBytes() as live:
+        total = Echo(0, ranks).sum(part)
+    assert (total == ranks).all()
+    memory = Memory()
+    walk = _Walk(Spans(FLASH, ((0, 40),), 64, ranks=ranks), memory)
+    left = walk._sum_of_ranks(memory.make(40, FLASH.hidden_size))
+    assert memory.peak - part.nbytes == live.peak
+    assert memory.now == left.num_bytes == part.nbytes
+
+
+def test_live_bytes_are_of_storages_until_their_last_view_is_gone():
+    with LiveBytes() as live:
+        x = torch.zeros(1000)
+        view = x[10:].view(90, 11)
+        y = torch.tensor([1.0, 2.0])
+        assert live.now == 4008
+        del x
+        assert live.now == 4008
+        view.add_(1)
+        del view
+        assert (live.now, live.peak, live.made) == (8, 4008, 4008)
+        z = y + torch.ones(2)
+        assert (live.now, live.peak) == (16, 4008) and z[1] == 3
+        workspace.give_back()
+        lent = workspace.empty(3 << 19, like=y)
+        assert live.now == 16 + (6 << 20) and lent.view(-1, 2).shape[0] == 3 << 18
+        del lent
+        assert live.now == 16 + (6 << 20)  # kept for the next
+    workspace.give_back()
+    assert live.now == 16
 
 
 def test_an_arena_takes_the_first_chunk_with_room_and_grows_by_doubling():
