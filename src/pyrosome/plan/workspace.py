@@ -389,44 +389,51 @@ class _Walk:
         if self._index_bytes:
             return self._index_bytes  # every CSA layer's are alike
         m, c, T = Memory(), self.config, self.T
-        kept: list[Held] = []  # of the last tile and range of rows, until the function ends
+        kept: list[Held] = []  # of the last range of rows, until the function ends
         best: list[Held] = []
         for low in range(0, N, INDEX_ROWS):
             n = min(INDEX_ROWS, N - low)
             numbers, keys = m.make(n, size=8), self._decoded(m, self.B * n, c.index_head_dim)
             m.drop(*kept)
-            kept = [numbers, keys]
-            parts: list[Held] = []
-            last: list[Held] = []
-            ranked: list[Held] = []
-            tile = max(1, INDEX_ELEMENTS // (c.index_n_heads * n))
-            for _, tokens in self.spans.spans:
-                for first in range(0, tokens, tile):
-                    rows = min(tile, tokens - first)
-                    score = m.make(rows, n)
-                    m.drop(*last)
-                    last, rank = [score], m.make(rows, n, size=8)
-                    m.passing(rows, n, size=24)  # bits, their order, and it moved up: beside the rank they become
-                    m.drop(*ranked)
-                    if low:
-                        joined = m.make(rows, n + min(K, low), size=8)
-                        m.drop(rank)
-                        rank = joined
-                    if n + min(K, low) > K:
-                        parts.append(m.make(rows, K, size=8))
-                        m.passing(rows, K, size=8)
-                        ranked = [rank]
-                    else:
-                        parts.append(rank)
+            parts = self._ranked(m, n, low, K)
             joined = m.make(T, min(K, low + n), size=8)
             m.drop(*best)
-            best, kept = [joined], [*kept, *parts, *last, *ranked]
+            best, kept = [joined], [numbers, keys, *parts]
         index = m.make(T, K, size=16)  # sorted: which, and in what order
         m.passing(T, K, size=8)
         m.passing(T, K, size=33)  # scores that are read out of ranks again
         m.drop(index, *best, *kept)
         self._index_bytes = m.peak
         return m.peak
+
+    def _ranked(self, m: Memory, n: int, low: int, K: int) -> list[Held]:
+        """What is left of ranking rows low..low + n: the best of every tile of tokens, and the last tile's scores."""
+        tile, wide = max(1, INDEX_ELEMENTS // (self.config.index_n_heads * n)), n + min(K, low)
+        parts: list[Held] = []
+        last: list[Held] = []
+        ranked: list[Held] = []
+        for _, tokens in self.spans.spans:
+            alike = max(0, -(-tokens // tile) - 3) * tile  # all but the last tiles leave their part, and no more
+            if alike:
+                parts.append(m.make(alike, min(K, wide), size=8))
+            for first in range(alike, tokens, tile):
+                rows = min(tile, tokens - first)
+                score = m.make(rows, n)
+                m.drop(*last)
+                last, rank = [score], m.make(rows, n, size=8)
+                m.passing(rows, n, size=24)  # bits, their order, and it moved up: beside the rank they become
+                m.drop(*ranked)
+                if low:
+                    joined = m.make(rows, wide, size=8)
+                    m.drop(rank)
+                    rank = joined
+                if wide > K:
+                    parts.append(m.make(rows, K, size=8))
+                    m.passing(rows, K, size=8)
+                    ranked = [rank]
+                else:
+                    parts.append(rank)
+        return [*parts, *last, *ranked]
 
     def _decoded(self, m: Memory, rows: int, width: int) -> Held:
         """Rows of pages as floats."""
