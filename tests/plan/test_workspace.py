@@ -14,17 +14,20 @@ from pyrosome.checkpoint.index import open_checkpoint
 from pyrosome.checkpoint.load import read_tensors
 from pyrosome.config import ModelConfig
 from pyrosome.dist import Mesh
+from pyrosome.engine import graphs
 from pyrosome.engine.runner import Runner
 from pyrosome.errors import CheckpointError, PlanError, RequestError
+from pyrosome.model import numerics
 from pyrosome.model.build import Network, fill
 from pyrosome.model.numerics import numerics_named
-from pyrosome.ops import native, workspace
+from pyrosome.ops import index_topk, native, workspace
+from pyrosome.plan import walk
 from pyrosome.plan.scratch import Arena, arenas, scratch_bytes
+from pyrosome.plan.walk import LEAST_LENT, Memory, Walk
 from pyrosome.plan.workspace import (
-    LEAST_LENT,
-    Memory,
+    CONTEXT_GRAIN,
+    NUMERICS,
     Spans,
-    _Walk,
     captured_bytes,
     decode_step,
     prompt_step,
@@ -244,8 +247,7 @@ def test_a_sum_over_ranks_has_every_part_and_half_as_many_sums(ranks):
         total = Echo(0, ranks).sum(part)
     assert (total == ranks).all()
     memory = Memory()
-    walk = _Walk(Spans(FLASH, ((0, 40),), 64, ranks=ranks), memory)
-    left = walk._sum_of_ranks(memory.make(40, FLASH.hidden_size))
+    left = Walk(Spans(FLASH, ((0, 40),), 64, ranks=ranks), memory)._sum_of_ranks(memory.make(40, FLASH.hidden_size))
     assert memory.peak - part.nbytes == live.peak
     assert memory.now == left.num_bytes == part.nbytes
 
@@ -299,6 +301,13 @@ def test_memory_lends_the_smallest_block_that_fits():
     assert other.room == (9 << 20) + (1 << 20) and memory.peak == 26 << 20
     memory.drop(memory.make(5))
     assert memory.now == 26 << 20
+
+
+def test_sizes_that_decide_are_those_of_the_code():
+    assert LEAST_LENT == workspace.LEAST_BYTES
+    assert (walk.INDEX_ROWS, walk.INDEX_ELEMENTS) == (index_topk.TILE_ROWS, index_topk.TILE_ELEMENTS)
+    assert CONTEXT_GRAIN == graphs.CONTEXT_GRAIN
+    assert tuple(numerics.NUMERICS) == NUMERICS
 
 
 def test_every_further_thread_adds_its_own_scratch():
