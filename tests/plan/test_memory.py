@@ -25,7 +25,9 @@ from tests.plan.machines import A100, GIB, H200, gpus, processor, unified
 MILLION = 1_048_576
 FLASH = Model.open("flash")
 # Channels that FP8 rows and tiles divide; one draft stage.
-SMALL = Model.of(tiny((0, 4, 128, 4, 8), quantization=OFFICIAL_QUANTIZATION, expert_dtype="fp4"), 1)
+SMALL = Model.of(
+    tiny((0, 4, 128, 4, 8), moe_intermediate_size=40, quantization=OFFICIAL_QUANTIZATION, expert_dtype="fp4"), 1
+)
 
 
 def site(model: Model = FLASH, mode: str = "tp", count: int = 1, sessions: int = 1, **asked) -> Site:
@@ -318,8 +320,10 @@ def test_experts_read_from_files_are_as_stored_and_those_in_memory_as_kernels_ho
         site(SMALL, machine=machine, kv_format="f32", context=4096, placement=Placement.of(n, 0, 8)).places()
         for n in (8, 3)
     )
-    stored = ledger(SMALL, "stored").experts(range(5), range(3, 8))
-    assert named(far[1], "routed experts") == stored["routed experts"]
+    stored, tiles = (ledger(SMALL, form) for form in ("stored", "tiles"))
+    assert stored.expert_sums != tiles.expert_sums
+    assert named(far[1], "routed experts") == stored.experts(range(5), range(3, 8))["routed experts"]
+    assert named(far[0], "routed experts") == stored.experts(range(5), range(3))["routed experts"]
     assert held(near[0], "weights") == SMALL.held_bytes("tiles")
 
 

@@ -46,6 +46,20 @@ def test_the_most_sessions_fit_and_one_more_does_not(mode):
     assert n <= fractional_sessions(a, layout, Placement()) < n + 2  # of replicas, each has a part of one left
 
 
+@pytest.mark.parametrize("mode", ["tp", "ep"])
+def test_parts_of_a_session_are_what_is_free_of_what_one_takes(mode):
+    a, layout = asked(gpus(2, H200), context=524_288), Layout.of(mode, 2)
+    n = most_sessions(a, layout, Placement())
+    n -= n % layout.replicas
+    free = min(p.free_bytes for p in places(a, layout, Placement(), n))
+    each = (
+        places(a, layout, Placement(), n + layout.replicas)[0].used_bytes
+        - places(a, layout, Placement(), n)[0].used_bytes
+    )
+    found = fractional_sessions(a, layout, Placement())
+    assert found == pytest.approx(n + layout.replicas * free / each, abs=0.05)
+
+
 def test_the_longest_context_fits_and_a_block_more_does_not():
     a, layout = asked(gpus(2, H100), sessions=3, context=131_072), Layout.of("pp", 2)
     n = longest_context(a, layout, Placement())
@@ -117,6 +131,9 @@ SHORT = {
 }
 
 
+UNITS = ("step_tokens", "sessions", "context", "ram", "nvme", "devices")
+
+
 def less(change) -> Asked:
     """The same with one unit of the change less."""
     a, machine = change.asked, change.asked.machine
@@ -127,7 +144,7 @@ def less(change) -> Asked:
             return dataclasses.replace(a, sessions=a.sessions + 1)
         case "context":
             return dataclasses.replace(a, context=a.context + 128)
-        case "ram":
+        case "ram" | "csa_host":
             return dataclasses.replace(a, machine=dataclasses.replace(machine, ram_bytes=machine.ram_bytes - GIB))
         case "nvme":
             return dataclasses.replace(a, machine=dataclasses.replace(machine, nvme_bytes=machine.nvme_bytes - 10**9))
@@ -149,7 +166,8 @@ def test_every_change_that_is_told_makes_it_fit_and_one_unit_less_does_not(name)
         assert change.text in plan.change
         other = make_plan(dataclasses.replace(change.asked, mode=change.layout.mode), even)
         assert other.fits, change.text
-        if change.what in ("step_tokens", "sessions", "context", "ram", "nvme", "devices"):
+        has_unit = change.what in UNITS or (change.what == "csa_host" and "GiB are needed" in change.text)
+        if has_unit:
             assert not make_plan(dataclasses.replace(less(change), mode=change.layout.mode), even).fits, change.text
 
 
@@ -158,8 +176,8 @@ def test_the_changes_are_in_the_order_of_their_harm():
     assert kinds["a little too much"][:2] == ["step_tokens", "csa_host"]
     assert kinds["too many sessions"] == ["csa_host", "mode", "sessions", "context", "devices"]
     assert kinds["wide rows"][:3] == ["csa_host", "mode", "kv_format"]
-    assert kinds["weights"] == ["ram", "devices"]
-    assert kinds["a processor"] == ["ram"]
+    assert kinds["weights"] == ["ram", "nvme", "devices"]
+    assert kinds["a processor"] == ["ram", "nvme"]
     assert "ram" not in kinds["one memory"] and "devices" in kinds["one memory"]
 
 
@@ -188,29 +206,27 @@ def test_a_model_that_nothing_makes_fit_is_told_so():
 
 
 def test_modes_are_ranked_by_sessions_and_then_by_tokens():
-    plans = make_plans(asked(gpus(2, H200), sessions=3), even)
-    assert {p.mode for p in plans} == set(MODES)
-    assert [p.fits for p in plans] == sorted((p.fits for p in plans), reverse=True)
-    room = [p.sessions.decoding for p in plans if p.fits]
-    assert room == sorted(room, reverse=True)
-
     def fast(a, layout, placement):
         s = even(a, layout, placement)
         rate = 900.0 if layout.mode == "cp" else 10.0
         return dataclasses.replace(s, total_tok_s=dataclasses.replace(s.total_tok_s, mid=rate))
 
-    # One layer fewer and both hold the same.
+    plans = make_plans(asked(gpus(2, H200), sessions=3), fast)
+    assert {p.mode for p in plans} == set(MODES)
+    assert [p.fits for p in plans] == sorted((p.fits for p in plans), reverse=True)
+    room = [p.sessions.decoding for p in plans if p.fits]
+    assert room == sorted(room, reverse=True) and plans[0].mode == "pp"
+    # With the rows in RAM it is that which decides how many there are.
     equal = [p for p in make_plans(asked(gpus(2, H200, ram=256 * 10**9), sessions=3, csa_host=True), fast) if p.fits]
     tied = [p.mode for p in equal if p.sessions.decoding == equal[0].sessions.decoding]
     assert len(tied) > 1 and tied[0] == "cp"
 
 
 def test_plans_with_experts_elsewhere_go_after_those_without():
-    plans = make_plans(asked(gpus(2, H200, ram=512 * GIB), context=8192), even)
-    by_mode = {p.mode: p for p in plans}
-    assert by_mode["dp"].fits and by_mode["dp"].sessions.decoding > 0
-    assert plans[-1].mode == "dp"
-    assert any("RAM" in note for note in by_mode["dp"].notes)
+    plans = make_plans(asked(gpus(2, 82_400, ram=512 * GIB), context=8192), even)
+    is_spread = [any("experts of each layer" in note for note in p.notes) for p in plans]
+    assert all(p.fits for p in plans) and is_spread == [False, False, True, True, True]
+    assert plans[2].sessions.decoding > plans[1].sessions.decoding
 
 
 def test_one_device_has_one_plan_and_an_impossible_mode_is_refused_or_left_out():

@@ -150,15 +150,9 @@ def changes(asked: Asked, layout: Layout, placement: Placement) -> list[Change]:
     rows; fewer sessions; a shorter context; experts in more RAM; experts in files; more devices.
     """
     looks = (
-        _smaller_steps,
-        _rows_on_host,
-        _another_mode,
-        _another_format,
-        _fewer_sessions,
-        _shorter,
-        _more_ram,
+        _smaller_steps, _rows_on_host, _another_mode, _another_format, _fewer_sessions, _shorter, _more_ram, _files,
         _devices,
-    )
+    )  # fmt: skip
     return [change for look in looks for change in look(asked, layout, placement)]
 
 

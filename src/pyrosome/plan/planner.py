@@ -143,8 +143,8 @@ def _notes(asked: Asked, layout: Layout, placement: Placement, site: Site) -> li
     notes = []
     if layout.ranks > 1:
         notes.append(
-            f"this engine runs on one device, or with experts dealt out to several processes; {layout.mode} over "
-            f"{layout.ranks} devices is a plan for what is to come, or for another engine that shares a model so"
+            "this engine runs on one device, or on ranks that deal out the routed experts and each hold all sessions; "
+            f"{layout.mode} over {layout.ranks} devices is a plan for what is to come, or for another engine"
         )
     E = asked.model.config.n_routed_experts
     _, in_ram, on_nvme = placement.counts(E)

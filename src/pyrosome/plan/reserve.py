@@ -1,8 +1,8 @@
 """What a device needs beside weights and rows: a step's own numbers, the driver's, the operating system's.
 
 On a CPU a step's own numbers are those of `plan.workspace`.  What a step takes on a GPU is up to kernels to come, so
-the formula here is an upper bound by phases: residual streams are there throughout, and beside them either
-attention's numbers or the experts'.
+the formula here is an upper bound of its tensors by phases: residual streams are there throughout, and beside them
+either attention's numbers or the experts'.
 """
 
 from __future__ import annotations
@@ -26,8 +26,7 @@ RANK_HOST_BYTES = GIB  # of host memory for each accelerator: its driver's own, 
 SCORE_TOKENS = 256  # tokens whose index scores over the whole history are there at once
 CHOICE_BYTES = 12  # a chosen row's score and number, which every CSA layer keeps to the end of the step
 ROUNDING = 8  # memory is lent in blocks up to an eighth larger than what is asked for
-LONG_WALK = 32_768  # tokens of context
-MANY = 64  # sequences of a step; more of them take as much again for each so many
+MANY = 64  # sequences of a step that are looked at one by one; more of them take in proportion
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -75,15 +74,7 @@ def _compressed_width(config: ModelConfig, ratio: int) -> int:
 @functools.lru_cache(maxsize=256)
 def cpu_prompt_bytes(config: ModelConfig, tokens: int, context: int, about: CpuStep) -> int:
     """Bytes of the last step of a prompt of `context` tokens on the native CPU kernels (`plan.workspace`)."""
-
-    def at(length: int) -> int:
-        return prompt_step(config, tokens, length, **dataclasses.asdict(about)).total_bytes
-
-    if about.kv_format == "fp8" or context <= LONG_WALK:
-        return at(context)
-    # Rows of floats are looked at in tiles, whose number makes the walk long; what lives grows in a line with them.
-    near, far = at(LONG_WALK // 2), at(LONG_WALK)
-    return far + -(-(context - LONG_WALK) * (far - near) // (LONG_WALK // 2))
+    return prompt_step(config, tokens, context, **dataclasses.asdict(about)).total_bytes
 
 
 @functools.lru_cache(maxsize=1024)
@@ -91,11 +82,10 @@ def cpu_decode_bytes(config: ModelConfig, sequences: int, context: int, about: C
     """Bytes of a step in which each sequence's last token and its drafts are computed, as `cpu_prompt_bytes`."""
     if not sequences:
         return 0
-    walked, length = min(sequences, MANY), min(context, LONG_WALK)  # a token more of context is a few bytes of a step
-    count = min(1 + about.num_drafts, length)
-    spans = ((length - count, count),) * walked
-    one = step_workspace(Spans(config, spans, length, every_row=True, **dataclasses.asdict(about))).total_bytes
-    return -(-sequences // walked) * one
+    walked, count = min(sequences, MANY), min(1 + about.num_drafts, context)
+    spans = ((context - count, count),) * walked
+    num_bytes = step_workspace(Spans(config, spans, context, every_row=True, **dataclasses.asdict(about))).total_bytes
+    return -(-sequences * num_bytes // walked)
 
 
 def logit_bytes(config: ModelConfig, rows: int, tensor_ranks: int = 1) -> int:
