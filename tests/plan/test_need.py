@@ -120,6 +120,24 @@ def test_where_nothing_meets_a_need_the_nearest_comes_first_with_all_that_lacks(
     assert found["middle"].shortfall == pytest.approx(5000 / 1600)
 
 
+def test_a_first_token_is_sure_where_the_late_end_of_its_band_is_in_time():
+    plans = {"small": [made.plan(first_token_s=9.0)], "middle": [made.plan(first_token_s=4.0)], "large": [made.plan()]}
+    order, found = names(Need(2, 8192, first_token_s=10.0), plans)
+    assert order == ["small", "middle", "large"]  # 100 s is too late, 9 and 4 are not
+    assert (found["small"].surely, found["middle"].surely) == (False, True)
+
+
+def test_what_holds_nothing_comes_after_what_holds_too_few_with_its_reason():
+    plans = {
+        "small": [made.plan(fits=False, room=0)],
+        "middle": [made.plan(fits=False, room=90)],  # room enough for sessions, and something else lacks
+        "large": [made.plan(fits=False, room=2)],
+    }
+    order, found = names(Need(20, 8192), plans)
+    assert order[0] == "large" and found["large"].lacks == ("holds 2 of 20 sessions",)
+    assert found["small"].lacks == found["middle"].lacks == ("h200 0 lacks 3.20 GiB of 140.40 GiB",)
+
+
 def test_a_machine_without_a_price_meets_no_limit_and_comes_after_those_that_have_one():
     without = [*MACHINES.items(), ("unknown", made.machine(8, None))]
     for limit, meets in ((math.inf, True), (100.0, False)):

@@ -50,6 +50,22 @@ def test_a_point_is_on_the_frontier_unless_another_machine_holds_more_for_as_lit
     assert found[0].sessions and not found[0].on_frontier and found[0].usd_session_hour is None
 
 
+def test_a_machine_is_on_the_frontier_of_one_context_whatever_it_holds_of_another():
+    points = sweep(made.asked(), [MACHINES[2]], [131_072, 1_048_576], planner)
+    assert [p.on_frontier for p in points] == [True, True]
+
+
+def test_an_empty_machine_is_planned_for_as_many_sessions_as_prompts_run():
+    seen = []
+
+    def recording(asked):
+        seen.append(asked.sessions)
+        return planner(asked)
+
+    sweep(made.asked(prefilling=4), MACHINES[1:2], [131_072], recording)
+    assert seen == [4, 16]
+
+
 def test_the_contexts_looked_at_end_with_the_model_s_own():
     assert contexts_up_to(1_048_576) == (8_192, 32_768, 131_072, 524_288, 1_048_576)
     assert contexts_up_to(4_096) == (4_096,)

@@ -17,6 +17,11 @@ def test_places_that_hold_the_same_are_one_column():
     assert [(c.title, c.count) for c in found] == [("h200 0-2", 3), ("h200 3", 1), ("h200 4-5", 2), ("RAM", 1)]
 
 
+def test_places_of_other_sizes_are_columns_of_their_own():
+    found = words.columns([Place("h200 0", 100, made.ITEMS), Place("h200 1", 101, made.ITEMS)])
+    assert [c.title for c in found] == ["h200 0", "h200 1"]
+
+
 def test_rows_are_by_kind_the_large_ones_first_without_what_is_nowhere():
     places = (
         Place("a", 0, (Item("x", "kv", 1), Item("experts", "weights", 2), Item("none", "state", 0))),

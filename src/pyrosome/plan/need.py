@@ -147,11 +147,11 @@ def offers(
     return sorted(found, key=_order)
 
 
-def _order(offer: Offer) -> tuple[bool, float, float, float]:
+def _order(offer: Offer) -> tuple[float, float, float]:
     price = offer.machine.price_usd_hour
     total = offer.plan.speed.total_tok_s.mid if offer.plan.speed else 0.0
     nearness = offer.shortfall if offer.lacks else 0.0
-    return bool(offer.lacks), nearness, math.inf if price is None else price, -total
+    return nearness, math.inf if price is None else price, -total
 
 
 def _offer(need: Need, name: str, machine: Machine, plan: Plan) -> Offer:
@@ -190,8 +190,9 @@ def _figures(need: Need, plan: Plan) -> list[_Want]:
     speed = plan.speed
     if not plan.fits or speed is None:
         room = plan.sessions.decoding
-        lacks = f"holds {room:,} of {need.sessions:,} sessions" if room else plan.why_not
-        return [_Want(need.sessions / room if room else math.inf, lacks, surely=False)]
+        if 0 < room < need.sessions:
+            return [_Want(need.sessions / room, f"holds {room:,} of {need.sessions:,} sessions", surely=False)]
+        return [_Want(math.inf, plan.why_not, surely=False)]
     found = [
         _at_least(need.tok_s, speed.decode_tok_s, "tok/s each"),
         _at_least(need.total_tok_s, speed.total_tok_s, "tok/s together"),
