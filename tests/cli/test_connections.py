@@ -124,6 +124,8 @@ def test_commands_open_no_connection(watched, tmp_path):
         ["chat", "builtin:nano", "--max-tokens", "4"],
         ["ask", "builtin:ledger", "? falcon"],
         ["inspect", "builtin:nano"],
+        ["plan", "--gpu", "h200:2"],
+        ["verify", "builtin:nano", "--only", "files,dialect,layers", "--quick"],
         ["doctor", "--json"],
         ["--offline", "run", "builtin:nano", "-p", "37 + 25", "--max-tokens", "4"],
     ]
@@ -150,3 +152,19 @@ def test_a_server_opens_no_connection(watched, tmp_path):
         finally:
             server.send_signal(signal.SIGTERM)
     assert log.read_text() == ""
+
+
+@pytest.mark.parametrize(("before", "changes"), [(["--offline"], {}), ([], {"PYROSOME_OFFLINE": "1"})])
+def test_offline_forbids_connections_to_whatever_a_command_would_call(tmp_path, before, changes):
+    code = f"""
+import socket
+from pyrosome.cli import app
+from pyrosome.errors import RequestError
+app([*{before!r}, "inspect", "builtin:nano", "--json"], standalone_mode=False)
+try:
+    socket.create_connection(("192.0.2.1", 80), timeout=0.01)
+except RequestError as refused:
+    print(refused)
+"""
+    done = subprocess.run([sys.executable, "-c", code], env=environment(tmp_path, **changes), capture_output=True)
+    assert b"192.0.2.1 port 80 was asked for and --offline forbids it" in done.stdout.splitlines()[-1], done.stderr
