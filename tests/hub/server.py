@@ -25,7 +25,7 @@ class Fault:
     """Something that goes wrong with requests whose path matches `where`, the first `times` times."""
 
     where: str
-    kind: str  # status, cut, corrupt, html, no_range, length, range, slow
+    kind: str  # status, cut, changed (and cut), corrupt, html, no_range, length, range, slow
     times: int = 10**9
     status: int = 500
     headers: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -171,6 +171,9 @@ def _handler(hub: LoopHub) -> type[BaseHTTPRequestHandler]:
             if kind == "corrupt" and begin <= fault.at < end:
                 body = bytearray(body)
                 body[fault.at - begin] ^= 1
+            if kind == "changed":  # another file under that name, for as long as the line holds
+                body = bytes(b ^ 1 for b in body)
+                extra = extra | {"ETag": '"another"'}
             if kind == "length":
                 body = body[:-1]
             self._head(status, len(body), "application/octet-stream", extra)
@@ -189,7 +192,8 @@ def _handler(hub: LoopHub) -> type[BaseHTTPRequestHandler]:
             self.end_headers()
 
         def _body(self, body: bytes, fault: Fault | None) -> None:
-            if fault and fault.kind == "cut":
+            is_cut = fault is not None and fault.kind in ("cut", "changed")
+            if is_cut:
                 body = body[: fault.at]
             step = fault.at if fault and fault.kind == "slow" else len(body) or 1
             try:
@@ -200,7 +204,7 @@ def _handler(hub: LoopHub) -> type[BaseHTTPRequestHandler]:
                     self.asked.sent += len(body[at : at + step])
             except OSError:  # whoever asked has gone
                 self.close_connection = True
-            if fault and fault.kind == "cut":
+            if is_cut:
                 self.close_connection = True
 
     return Handler

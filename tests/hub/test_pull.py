@@ -355,6 +355,15 @@ def test_a_file_that_came_wrong_is_fetched_once_more(hub, source, tmp_path):
     assert (heard["fetched"], heard["dropped"]) == (offer.num_bytes + size, size)
 
 
+def test_a_file_that_changes_between_two_ranges_is_not_made_of_both(hub, source, tmp_path):
+    offer = prepare(asker(hub), "main", tmp_path)
+    hub.faults = [Fault(SHARD, "changed", times=1, at=20_000)]
+    _, heard = _take(hub, offer)
+    size = (source / "model-00002-of-00003.safetensors").stat().st_size
+    assert same_files(source, tmp_path, shards(source))
+    assert (heard["fetched"], heard["dropped"]) == (offer.num_bytes + size, size)
+
+
 @pytest.mark.parametrize("name", [SHARD, "tokenizer.json$"])
 def test_a_file_that_stays_wrong_is_an_error_and_is_not_kept(hub, source, tmp_path, name):
     offer = prepare(asker(hub), "main", tmp_path)
@@ -397,8 +406,6 @@ def test_a_part_of_something_else_is_not_built_upon(hub, source, tmp_path):
 @pytest.mark.parametrize("where", ["config.json$", SHARD])
 def test_another_file_than_is_listed_is_named(hub, tmp_path, where, kind):
     hub.faults = [Fault(where, kind)]
-    if kind == "length":
-        hub.faults.insert(0, Fault(where, "no_range", times=0))
     with pytest.raises(FetchError):
         pulled(hub, tmp_path)
     assert not (tmp_path / "SHA256SUMS").exists()
@@ -474,10 +481,16 @@ def test_what_is_no_repository_is_refused(name):
         Hub(name, "http://127.0.0.1:9")
 
 
-@pytest.mark.parametrize("mirror", ["", "host", "ftp://h", "http://", "file:///etc", "http://h?x=1"])
-def test_what_is_no_address_is_refused(mirror):
+@pytest.mark.parametrize(
+    "address",
+    ["", "host", "ftp://h", "http://", "file:///etc", "http://h?x=1", "http://h:x", "http://[h", "http://h:99999"],
+)
+def test_what_is_no_address_is_refused(monkeypatch, address):
     with pytest.raises(RequestError, match="--mirror"):
-        Hub(REPO, mirror)
+        Hub(REPO, address)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+    with pytest.raises(RequestError, match="HF_ENDPOINT"):
+        Hub(REPO)
 
 
 # Disks that fill, and ends.

@@ -318,12 +318,15 @@ def wrong_bytes(endpoint: str, file: RemoteFile) -> FetchError:
 
 
 def _endpoint(asked: str | None) -> str:
-    if asked is None:
-        return str(_library().constants.ENDPOINT)
-    parts = urlsplit(asked)
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
-        raise RequestError(f"--mirror is {asked!r}; give the address of a hub or mirror, as https://HOST")
-    return asked.rstrip("/")
+    name, address = ("--mirror", asked) if asked is not None else ("HF_ENDPOINT", str(_library().constants.ENDPOINT))
+    try:
+        parts = urlsplit(address)
+        is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # no port is that number, no host is written so
+        is_address = False
+    if not is_address or parts.query or parts.fragment:
+        raise RequestError(f"{name} is {address!r}; give the address of a hub or mirror, as https://HOST")
+    return address.rstrip("/")
 
 
 def _listed(sibling: Any) -> RemoteFile:
