@@ -12,8 +12,8 @@ from pyrosome.cli import terminal
 from pyrosome.cli.reference import reference
 from tests.cli.sessions import REAL, ROOT, environment, piped
 
-COMMANDS = ("run", "chat", "ask", "train", "eval", "data", "inspect", "doctor")
-HEAVY = ("torch", "numpy", "safetensors", "tokenizers", "deepseek_recipe", "pyrosome.llm")
+COMMANDS = ("run", "chat", "ask", "train", "eval", "data", "inspect", "doctor", "pull")
+HEAVY = ("torch", "numpy", "safetensors", "tokenizers", "deepseek_recipe", "huggingface_hub", "pyrosome.llm")
 
 
 @pytest.mark.parametrize("args", [("--help",), ("--version",), *((c, "--help") for c in COMMANDS)], ids=" ".join)
