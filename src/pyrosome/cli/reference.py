@@ -56,8 +56,9 @@ def _page() -> Iterator[str]:
     yield "## Commands"
     yield ""
     yield "`pyrosome --install-completion` installs completion for the shell in use; `pyrosome --version` prints the"
-    yield "version, and `pyrosome --offline COMMAND` opens no connection to another machine. Answers go to standard output and all else to standard error. On a terminal, control characters"
-    yield "that a model wrote are shown as `·`; into a file or a pipe its text goes unchanged."
+    yield "version; `pyrosome --offline COMMAND` opens no connection to another machine. Answers go to standard output"
+    yield "and all else to standard error. On a terminal, control characters that a model wrote are shown as `·`; into a"
+    yield "file or a pipe its text goes unchanged."
     for name, command in _each(root):
         yield from _command(name, command)
     yield ""
