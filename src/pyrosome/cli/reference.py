@@ -57,8 +57,8 @@ def _page() -> Iterator[str]:
     yield ""
     yield "`pyrosome --install-completion` installs completion for the shell in use; `pyrosome --version` prints the"
     yield "version; `pyrosome --offline COMMAND` opens no connection to another machine. Answers go to standard output"
-    yield "and all else to standard error. On a terminal, control characters that a model wrote are shown as `·`; into a"
-    yield "file or a pipe its text goes unchanged."
+    yield "and all else to standard error. On a terminal, control characters that a model wrote are shown as `·`; into"
+    yield "a file or a pipe its text goes unchanged."
     for name, command in _each(root):
         yield from _command(name, command)
     yield ""
