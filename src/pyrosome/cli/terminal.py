@@ -20,7 +20,8 @@ from pyrosome.errors import RequestError
 DONE, CHECK_FAILED, BAD_INPUT, INTERRUPTED, READER_GONE = 0, 1, 2, 130, 141
 EXIT_CODES = {
     DONE: "done",
-    CHECK_FAILED: "a check failed: tensors that do not fit (`inspect`), a wrong answer (`doctor`), what `verify` found",
+    CHECK_FAILED: "a check failed: tensors or machines that do not fit (`inspect`, `plan`), a wrong answer (`doctor`), "
+    "what `verify` found",
     BAD_INPUT: "bad input or usage: one line on standard error says what was asked, what was found, what to do",
     INTERRUPTED: "interrupted with Ctrl-C; what was generated until then was written",
     READER_GONE: "whoever read standard output closed it, as `head` does",
