@@ -138,8 +138,9 @@ def test_a_bad_model_is_one_line_and_status_2(tmp_path):
         ("", None, None),
     ],
 )
-def test_a_cpu_is_read_from_what_the_system_tells(monkeypatch, info, model, flags):
-    monkeypatch.setattr(machine.Path, "read_text", lambda self, **_: info)
-    cpu = machine.cpu()
+def test_a_cpu_is_read_from_what_the_system_tells(tmp_path, info, model, flags):
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc" / "cpuinfo").write_text(info)
+    cpu = machine.cpu(tmp_path)
     assert cpu["model"] == model or (model is None and cpu["model"])
     assert flags == (None if cpu["flags"] is None else {f for f, there in cpu["flags"].items() if there})

@@ -1,56 +1,163 @@
-"""`pyrosome doctor`: this machine, this installation, and whether it computes what it should."""
+"""`pyrosome doctor`: this machine, this installation, whether it computes what it should, and what it can hold."""
 
 from __future__ import annotations
 
 import json
+import os
+import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from pyrosome import env
-from pyrosome.cli import machine
+from pyrosome.cli import accelerators, machine
 from pyrosome.cli.first_contact import BUILTIN, MODEL_HELP
-from pyrosome.cli.terminal import CHECK_FAILED, Screen, loading, printable, size
+from pyrosome.cli.terminal import CHECK_FAILED, Screen, loading
 from pyrosome.errors import KernelUnavailable
 
-if TYPE_CHECKING:
-    from rich.console import Console
+MOST_WARNINGS = 2  # that are told when a server starts
 
 
 def doctor(
-    model: Annotated[str, typer.Argument(help=f"The self-test's model. {MODEL_HELP}")] = BUILTIN,
+    model: Annotated[
+        str, typer.Argument(help=f"The self-test's model, which is planned for too. {MODEL_HELP}")
+    ] = BUILTIN,
     self_test: Annotated[bool, typer.Option(help="Load the model and run three prompts.")] = True,
+    speeds: Annotated[bool, typer.Option(help="Measure memory and drives, for some seconds.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
-    """Check this machine and this installation, with a self-test of three prompts.
+    """Check this machine and this installation, with a self-test of three prompts; say what it can hold, how fast.
 
-    Exit status 1 where the self-test fails.
+    Exit status 1 where the self-test fails or a kernel that was asked for cannot run.  Warnings and advice change
+    nothing of it.
     """
     from pyrosome.checkpoint.index import open_checkpoint
+    from pyrosome.cli.checks import warnings
+    from pyrosome.cli.doctor_report import show
 
     screen = Screen()
     if self_test:
         open_checkpoint(model)  # a wrong path is said at once, before torch is loaded
-    report: dict[str, Any] = {
-        "cpu": machine.cpu(),
-        "memory": machine.memory(),
-        "gpus": machine.gpus(),
-        "disk": machine.disk(Path.cwd() if model == BUILTIN else Path(model).expanduser()),
-        "versions": machine.versions(),
-        "environment": machine.variables(),
-        "model": model,
-        "self_test": _self_test(model, screen) if self_test else [],
-        "ops": choices(),
-        "native": _native(),
-    }
+    report = survey(model)
+    report["speeds"] = measured(model, report) if speeds else {}
+    report["self_test"] = _self_test(model, screen) if self_test else []
+    report["ops"] = choices()
+    report["warnings"] = warnings(report)
+    report["advice"] = _advice(model, report)
     report["ok"] = all(f["ok"] for f in report["self_test"]) and not any(o["error"] for o in report["ops"])
     if as_json:
         typer.echo(json.dumps(report, ensure_ascii=False))
     else:
-        _print(report, screen)
+        show(report, screen)
     if not report["ok"]:
         raise typer.Exit(CHECK_FAILED)
+
+
+def survey(model: str) -> dict[str, Any]:
+    """What there is, as it stands; nothing is measured or computed."""
+    return basics() | {
+        "gpus": machine.gpus(),
+        "drivers": {
+            "nvidia": accelerators.driver(),
+            "tool": accelerators.has_tool(),
+            "torch": accelerators.torch_build(),
+            "links": accelerators.links(),
+        },
+        "disk": machine.disk(Path.cwd() if model == BUILTIN else Path(model).expanduser()),
+        "versions": machine.versions(),
+        "extras": machine.extras(),
+        "model": model,
+        "native": native(),
+    }
+
+
+def basics() -> dict[str, Any]:
+    """What can be told at once, without torch or a driver."""
+    from pyrosome.cli.own_folders import own_folders
+
+    return {
+        "cpu": machine.cpu(),
+        "memory": machine.memory(),
+        "folders": own_folders(),
+        "limits": machine.limits(),
+        "clock_behind_s": clock_behind(),
+        "environment": machine.variables(),
+    }
+
+
+def short() -> list[str]:
+    """One to three lines for a server's start: kernels, whether speeds were measured here, and what is wrong.
+
+    Memory is what a server's plan tells.  Neither torch nor anything else that takes a second is loaded.
+    """
+    from pyrosome.cli.advice import Measured, calibrated, this_machine
+    from pyrosome.cli.checks import AT_START, warnings
+    from pyrosome.errors import PyrosomeError
+
+    report = basics() | {"native": expected_native()}
+    try:
+        calibration = calibrated(this_machine(Measured(0, 0)))["text"]
+    except PyrosomeError:  # a machine that is not planned for
+        calibration = ""
+    lines = [f"Kernels: {report['native']['level'] or 'none'}.{f' It is {calibration}.' if calibration else ''}"]
+    found = [f"{w['about']}: {w['text']}" for w in warnings(report, AT_START)]
+    lines += [f"Warning: {text}." for text in found[:MOST_WARNINGS]]
+    if more := len(found) - MOST_WARNINGS:
+        lines[-1] += f" {more} more: `pyrosome doctor`." if more > 0 else ""
+    return lines
+
+
+def clock_behind(now: float | None = None) -> float:
+    """Seconds by which the clock is behind the newest of this package's own modules; 0: it is not."""
+    here = Path(__file__).parent.parent
+    try:
+        newest = max(entry.stat().st_mtime for entry in os.scandir(here))
+    except OSError:
+        return 0.0
+    return max(0.0, newest - (time.time() if now is None else now))
+
+
+def measured(model: str, report: dict[str, Any]) -> dict[str, Any]:
+    """Speeds of memory, of the drive that the model is on, and of the one where this package keeps things."""
+    from pyrosome.cli import speeds
+
+    cores = machine.allowed_cores(report["cpu"])
+    found = {"memory": speeds.memory_speed(cores, machine.memory_free(report["memory"]))}
+    state = report["folders"]["state"]
+    if not state["why_not"]:
+        found["state"] = speeds.folder_speed(Path(state["path"]))
+    if model != BUILTIN and (shard := largest_file(model)):
+        found["model"] = speeds.drive_read(shard)
+    return found
+
+
+def largest_file(model: str) -> Path | None:
+    """The largest shard of a checkpoint; None where there is none."""
+    from pyrosome.checkpoint.index import locate
+    from pyrosome.errors import CheckpointError
+
+    try:
+        place = Path(locate(model))
+        shards = [place] if place.is_file() else list(place.glob("*.safetensors"))
+        return max(shards, key=lambda p: p.stat().st_size, default=None)
+    except (CheckpointError, OSError):
+        return None
+
+
+def _advice(model: str, report: dict[str, Any]) -> dict[str, Any]:
+    from pyrosome.cli.advice import FLASH, Measured, advise
+
+    memory, speeds = report["memory"], report["speeds"]
+    read = speeds.get("memory", {"one_core": 0.0, "all_cores": 0.0, "cores": 1})
+    drives = [speeds[name]["read"] for name in ("model", "state") if name in speeds]
+    found = Measured(
+        memory_bytes=machine.memory_here(memory), free_bytes=machine.memory_free(memory),
+        # All cores together are no slower than one: where it seems so, others keep them busy.
+        memory_read=max(read["one_core"], read["all_cores"]),
+        cores=read["cores"] if read["all_cores"] >= read["one_core"] else 1,
+        drive_read=next((rate for rate in drives if rate), 0.0),
+    )  # fmt: skip
+    return advise([FLASH] if model == BUILTIN else [FLASH, model], found)
 
 
 def _self_test(model: str, screen: Screen) -> list[dict[str, Any]]:
@@ -65,14 +172,55 @@ def _self_test(model: str, screen: Screen) -> list[dict[str, Any]]:
         return [{"check": "runs", "prompt": "", "ok": False, "detail": str(error)}]
 
 
-def _native() -> dict[str, str]:
-    """The vector instructions native kernels use here, or why there are none."""
+def native() -> dict[str, Any]:
+    """The vector instructions that native kernels use here, or why there are none; and why not those above them."""
+    from pyrosome import env
     from pyrosome.ops import native
 
+    asked = env.CPU.get()
     try:
-        return {"level": native.level(), "error": ""}
+        level = native.level()
     except OSError as error:
-        return {"level": "", "error": str(error)}
+        return {"level": "", "error": str(error), "asked": asked, "above": []}
+    above = [
+        {"level": name, "why_not": _why_not(name, asked)} for name in native.LEVELS[native.LEVELS.index(level) + 1 :]
+    ]
+    return {"level": level, "error": "", "asked": asked, "above": above}
+
+
+def expected_native() -> dict[str, Any]:
+    """As `native`, by what the processor has and whether there is a compiler: nothing is loaded or built."""
+    from pyrosome import env
+    from pyrosome.ops import toolchain
+
+    asked, have = env.CPU.get(), toolchain.supported()
+    found: dict[str, Any] = {"level": "", "error": "", "asked": asked, "above": []}
+    level = have[-1] if asked == "auto" else asked
+    if level not in have:
+        return found | {"error": f"{env.CPU.name} is {asked!r}; here it is auto, {', '.join(have)}"}
+    try:
+        if not (toolchain.SHIPPED / f"libpyrosome-{level}-{toolchain.key(level)}.so").exists():
+            toolchain.compiler()
+    except OSError as error:
+        return found | {"error": str(error)}
+    above = [{"level": name, "why_not": f"{env.CPU.name} asks for {asked}"} for name in have[have.index(level) + 1 :]]
+    return found | {"level": level, "above": above}
+
+
+def _why_not(level: str, asked: str) -> str:
+    """Why kernels of a level above the one in use do not run."""
+    from pyrosome import env
+    from pyrosome.ops import native
+
+    if lacking := machine.lacking_flags(level):
+        return f"this processor has no {', '.join(lacking)}"
+    if asked != "auto":
+        return f"{env.CPU.name} asks for {asked}"
+    try:
+        with native.use_level(level):
+            return ""
+    except OSError as error:
+        return str(error)
 
 
 def choices() -> list[dict[str, Any]]:
@@ -100,52 +248,3 @@ def choices() -> list[dict[str, Any]]:
                 }
             )
     return found
-
-
-def _print(report: dict[str, Any], screen: Screen) -> None:
-    from pyrosome.cli.tables import console, heading, table
-
-    out = console(screen)
-    heading(out, "machine")
-    _print_machine(report, out)
-    heading(out, "versions")
-    out.print(", ".join(f"{k} {v or 'not installed'}" for k, v in report["versions"].items()))
-    heading(out, "environment")
-    for name, value in report["environment"]["set"].items():
-        out.print(printable(f"{name}={value}"))
-    for name in report["environment"]["unknown"]:
-        out.print(printable(f"{name} is set, and nothing here reads it: is it misspelt?"))
-    if not any(report["environment"].values()):
-        out.print("no variable is set that matters here")
-    heading(out, "ops")
-    rows = [(o["op"], o["device"], o["format"] or "-", o["chosen"] or "none", _why(o)) for o in report["ops"]]
-    native = report["native"]
-    out.print(printable(f"native kernels: {native['level'] or 'none, ' + native['error']}"))
-    table(out, ("op", "device", "format", "version", "why"), rows, left=5)
-    if report["self_test"]:
-        heading(out, f"self-test of {report['model']}")
-        for f in report["self_test"]:
-            out.print(printable(f"{'ok  ' if f['ok'] else 'FAIL'}  {f['check']}: {f['prompt']!r}: {f['detail']}"))
-    heading(out, "all is well" if report["ok"] else "something is wrong: see FAIL above")
-
-
-def _why(op: dict[str, Any]) -> str:
-    if op["error"] or op["passed_over"]:
-        return printable(op["error"] or "; ".join(op["passed_over"]))
-    if len(op["versions"]) == 1:
-        return "the definition is the only version"
-    return f"asked for by {env.OPS.name}" if op["chosen"] == "torch" else "the first that applies"
-
-
-def _print_machine(report: dict[str, Any], out: Console) -> None:
-    cpu, memory, disk = report["cpu"], report["memory"], report["disk"]
-    out.print(f"{cpu['model']} ({cpu['architecture']}), {cpu['usable_cores']} of {cpu['cores']} cores usable")
-    if cpu["flags"] is not None:
-        there = [f for f, found in cpu["flags"].items() if found]
-        out.print(f"instructions: {', '.join(there) or 'none of those that matter'}")
-    out.print(f"memory {size(memory['total'])}, {size(memory['available'])} available")
-    for gpu in report["gpus"]:
-        out.print(f"{gpu['name']}, capability {gpu['capability']}, {size(gpu['memory'])}")
-    if not report["gpus"]:
-        out.print("no GPU that torch can use")
-    out.print(f"{size(disk['free'])} free at {disk['path']}")

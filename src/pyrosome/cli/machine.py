@@ -1,8 +1,12 @@
-"""What this machine and this installation are, as plain data.  Memory and disk are in bytes."""
+"""What this machine and this installation are, as plain data.  Memory and disk are in bytes.
+
+What a system does not tell is 0, "" or None.  `root` is where its files are looked for: another one in tests.
+"""
 
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import os
 import platform
 import re
@@ -13,47 +17,153 @@ from typing import Any
 from pyrosome import __version__, env
 from pyrosome.cli.first_contact import machine_memory
 
+ROOT = Path("/")
 # What fast kernels look for: x86 names as /proc/cpuinfo spells them, then the ARM ones.
 FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_bf16", "asimd", "asimddp", "bf16", "i8mm")
 PACKAGES = ("torch", "numpy", "tokenizers", "safetensors", "deepseek-recipe", "triton")
 # Not ours, and decide speed or device all the same.
 FOREIGN = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "TRITON_INTERPRET", "WORLD_SIZE")
+EXTRAS = ("serve", "train", "bench")  # those that commands need
+NO_LIMIT = 1 << 62  # cgroups write more than any machine has where there is none
 
 
-def cpu() -> dict[str, Any]:
-    """Model, cores this process may use, and which of the flags that matter are there (None: not told)."""
-    try:
-        info = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        info = ""
+def cpu(root: Path = ROOT) -> dict[str, Any]:
+    """Model, cores this process may use, sockets, memory nodes, load, and which of the flags that matter are there.
+
+    Flags are None where the system does not list them; `quota` is the share of cores that a container may use.
+    """
+    info = text(root / "proc/cpuinfo")
     model = re.search(r"^(?:model name|Model|Hardware)\s*:\s*(.+)$", info, re.MULTILINE)
     flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", info, re.MULTILINE)
     found = set(flags[1].split()) if flags else None
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    load = re.match(r"\d+\.\d+", text(root / "proc/loadavg"))
     return {
         "model": model[1].strip() if model else platform.processor() or platform.machine(),
         "architecture": platform.machine(),
         "cores": os.cpu_count(),
         "usable_cores": usable,
         "flags": None if found is None else {f: f in found for f in FLAGS},
+        "sockets": len(set(re.findall(r"^physical id\s*:\s*(\d+)", info, re.MULTILINE))) or None,
+        "nodes": len(list((root / "sys/devices/system/node").glob("node[0-9]*"))) or None,
+        "quota": _quota(root),
+        "load": float(load[0]) if load else None,
     }
 
 
-def memory() -> dict[str, int]:
-    """Total and available bytes; 0 where the system does not say."""
-    try:
-        info = Path("/proc/meminfo").read_text(encoding="utf-8")
-        available = re.search(r"^MemAvailable:\s*(\d+) kB", info, re.MULTILINE)
-    except OSError:
-        available = None
-    return {"total": machine_memory(), "available": int(available[1]) * 1024 if available else 0}
+def allowed_cores(cpu: dict[str, Any]) -> int:
+    """Whole cores that threads of this process can run on at once."""
+    usable, quota = cpu["usable_cores"], cpu["quota"]
+    return max(1, min(usable, math.ceil(quota) if quota else usable))
+
+
+def lacking_flags(level: str, root: Path = ROOT) -> list[str]:
+    """Instructions that native kernels of a level need and this processor has not got."""
+    from pyrosome.ops.toolchain import NEEDS
+
+    found = re.search(r"^flags\s*:\s*(.+)$", text(root / "proc/cpuinfo"), re.MULTILINE)
+    return sorted(NEEDS[level] - set(found[1].split() if found else ()))
+
+
+def _quota(root: Path) -> float | None:
+    """Cores' worth of time that this process's groups may use; None: no limit."""
+    found = []
+    for group in _groups(root, "cpu"):
+        parts = text(group / "cpu.max").split() or [
+            text(group / f"cpu.cfs_{name}_us").strip() for name in ("quota", "period")
+        ]
+        if len(parts) == 2 and all(p.isdigit() and int(p) for p in parts):
+            found.append(int(parts[0]) / int(parts[1]))
+    return min(found, default=None)
+
+
+def memory(root: Path = ROOT) -> dict[str, Any]:
+    """Total and available bytes, those of swap, what a container may use and uses, and how huge pages are given."""
+    told = {k: int(v) * 1024 for k, v in re.findall(r"^(\w+):\s*(\d+) kB", text(root / "proc/meminfo"), re.MULTILINE)}
+    mode = re.search(r"\[(\w+)\]", text(root / "sys/kernel/mm/transparent_hugepage/enabled"))
+    limit, used = _limit(root)
+    total = told.get("MemTotal", 0) or machine_memory()
+    return {
+        "total": total,
+        "available": told.get("MemAvailable", 0),
+        "limit": limit if limit < (total or NO_LIMIT) else 0,
+        "limit_used": used if limit < (total or NO_LIMIT) else 0,
+        "swap": told.get("SwapTotal", 0),
+        "swap_used": told.get("SwapTotal", 0) - told.get("SwapFree", 0),
+        "huge_pages": mode[1] if mode else "",
+    }
+
+
+def memory_here(memory: dict[str, Any]) -> int:
+    """Bytes there are for this process: of the machine, or of its container."""
+    return int(min(memory["total"], memory["limit"] or NO_LIMIT))
+
+
+def memory_free(memory: dict[str, Any]) -> int:
+    """Bytes that it may still take; 0: not known."""
+    left = max(1, memory["limit"] - memory["limit_used"]) if memory["limit"] else NO_LIMIT
+    return int(min(memory["available"], left))
+
+
+def _limit(root: Path) -> tuple[int, int]:
+    """(bytes that this process's groups may use, bytes used of it without files that were read), the tightest one."""
+    found = []
+    for group in _groups(root, "memory"):
+        for limit, usage in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
+            most, used = text(group / limit).strip(), text(group / usage).strip()
+            if most.isdigit() and int(most) < NO_LIMIT:
+                kept = max(0, int(used) - _files(group)) if used.isdigit() else 0
+                found.append((int(most), kept))
+    return min(found, key=lambda f: f[0] - f[1], default=(NO_LIMIT, 0))
+
+
+def _files(group: Path) -> int:
+    """Bytes of files that a group has read and that are given up when memory is needed."""
+    told = re.findall(r"^(?:total_)?((?:in)?active_file) (\d+)", text(group / "memory.stat"), re.MULTILINE)
+    return sum(map(int, dict(told).values()))  # version 1 tells its own first, then those of all below
+
+
+def _groups(root: Path, controller: str) -> list[Path]:
+    """Folders of the control groups this process is in, from its own up: of version 2, and of version 1."""
+    top, found = root / "sys/fs/cgroup", [root / "sys/fs/cgroup", root / "sys/fs/cgroup" / controller]
+    for line in text(root / "proc/self/cgroup").splitlines():
+        number, _, rest = line.partition(":")
+        names, _, path = rest.partition(":")
+        if number != "0" and controller not in names.split(","):
+            continue
+        base = top if number == "0" else top / controller
+        own = base / path.lstrip("/")
+        found += [own, *(p for p in own.parents if p.is_relative_to(base))]
+    return list(dict.fromkeys(found))
 
 
 def disk(path: Path) -> dict[str, Any]:
     """Free bytes where `path` is."""
-    while not path.exists() and path != path.parent:
-        path = path.parent
+    path = nearest(path)
     return {"path": str(path), "free": shutil.disk_usage(path).free}
+
+
+def nearest(path: Path) -> Path:
+    """The path, or what it would be in: the first folder above it that is there."""
+    while path != path.parent:
+        try:
+            path.stat()
+        except OSError:
+            path = path.parent
+        else:
+            break
+    return path
+
+
+def limits() -> dict[str, int | None]:
+    """What this process may have: open files, and bytes held in memory; None: no limit, or none that is told."""
+    try:
+        import resource  # not on every system
+    except ImportError:
+        return {"open_files": None, "locked_bytes": None}
+    soft = {"open_files": resource.RLIMIT_NOFILE, "locked_bytes": resource.RLIMIT_MEMLOCK}
+    found = {name: resource.getrlimit(which)[0] for name, which in soft.items()}
+    return {name: None if value == resource.RLIM_INFINITY else value for name, value in found.items()}
 
 
 def gpus() -> list[dict[str, Any]]:
@@ -72,12 +182,29 @@ def gpus() -> list[dict[str, Any]]:
 def versions() -> dict[str, str | None]:
     """Installed versions; None for what is not installed."""
     found: dict[str, str | None] = {"pyrosome": __version__, "python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = None
+    return found | {package: _version(package) for package in PACKAGES}
+
+
+def extras() -> dict[str, list[str]]:
+    """Packages that each extra names and that are not installed; nothing where this one was not installed itself."""
+    try:
+        needed = importlib.metadata.requires("pyrosome") or []
+    except importlib.metadata.PackageNotFoundError:
+        return {}
+    found: dict[str, list[str]] = {name: [] for name in EXTRAS}
+    for line in needed:
+        named = re.match(r"[\w.-]+", line)
+        extra = re.search(r"extra\s*==\s*['\"](\w+)['\"]", line)
+        if named and extra and extra[1] in found and _version(named[0]) is None:
+            found[extra[1]].append(named[0])
     return found
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def variables() -> dict[str, dict[str, str]]:
@@ -87,3 +214,11 @@ def variables() -> dict[str, dict[str, str]]:
         "set": {name: os.environ[name] for name in sorted(own) + list(FOREIGN) if name in os.environ},
         "unknown": {k: v for k, v in sorted(os.environ.items()) if k.startswith("PYROSOME_") and k not in own},
     }
+
+
+def text(path: Path) -> str:
+    """What a file of the system says; "" where it is not there or not for this user."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
