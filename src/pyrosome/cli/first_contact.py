@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 BUILTIN = "builtin:nano"
-MODEL_HELP = f"Checkpoint directory, single file, or {BUILTIN}."
+MODEL_HELP = f"Checkpoint directory, single file, OWNER/NAME as it was pulled, or {BUILTIN}."
 
 
 def official_note(command: str) -> str:
@@ -28,6 +28,7 @@ def official_note(command: str) -> str:
         f"    pyrosome inspect {BUILTIN}    see what a checkpoint holds",
         "For the official weights, name a directory with config.json, tokenizer.json, the index and all shards:",
         f"    pyrosome {command}",
+        "    pyrosome pull deepseek-ai/DeepSeek-V4-Flash    fetch them, once it is known whether they fit",
     ]
     for title, disk, memory in releases:
         lines.append(
