@@ -296,7 +296,9 @@ def test_without_accelerators_all_is_in_ram_with_the_systems_share():
 
 
 def test_one_memory_has_both_shares():
-    at = places(Asked(FLASH, unified(131_072, 2)), Layout.of("tp", 2), Placement(), 1)
+    here = site(mode="tp", count=2, machine=unified(131_072, 2))
+    at = here.places()
+    assert sum(named(p, "snapshots") for p in at) == here.snapshot_bytes
     assert [p.name for p in at] == ["one 0", "one 1"]
     assert all(named(p, "operating system") and named(p, "driver and allocator") for p in at)
 

@@ -229,6 +229,21 @@ def test_plans_with_experts_elsewhere_go_after_those_without():
     assert plans[2].sessions.decoding > plans[1].sessions.decoding
 
 
+def test_of_plans_that_do_not_fit_the_one_that_lacks_least_is_first():
+    plans = make_plans(asked(gpus(2, H100), sessions=2), even)
+    assert not any(p.fits for p in plans)
+    lack = [min(at.free_bytes for at in p.places) for p in plans]
+    assert lack == sorted(lack, reverse=True) and plans[0].mode == "pp"
+    # Room for some of those asked for goes before that.
+    assert make_plans(asked(gpus(2, H200), sessions=40), even)[0].sessions.decoding > 0
+
+
+def test_a_context_that_is_no_use_is_not_offered():
+    plan = make_plan(asked(gpus(2, H100), sessions=2, mode="tp"), even)
+    short = longest_context(asked(gpus(2, H100), sessions=2), Layout.of("tp", 2), Placement())
+    assert 0 < short < MILLION // 16 and "context" not in plan.change
+
+
 def test_one_device_has_one_plan_and_an_impossible_mode_is_refused_or_left_out():
     assert len(make_plans(asked(gpus(1, 200_000)), even)) == 1
     assert "tp" not in {p.mode for p in make_plans(asked(gpus(9, H200)), even)}
@@ -279,6 +294,19 @@ def test_the_options_are_an_engines():
     assert options["host_bytes"] == 3 * plan.sessions.parked_bytes
     engine = {k: v for k, v in options.items() if k not in ("numerics", "kv_format", "experts")}
     assert dataclasses.asdict(EngineOptions(**engine)).items() >= engine.items()
+
+
+def test_options_are_those_of_the_device_with_most_sessions():
+    plan = make_plan(asked(gpus(2, H200), sessions=7, mode="ep"), even)
+    assert plan.options["max_sequences"] == 4 and plan.options["step_tokens"] == 8192
+
+
+def test_experts_that_an_accelerators_host_reads_from_files_are_no_option_of_this_engine():
+    plan = make_plan(asked(gpus(1, 32_607, ram=64 * GIB, nvme=10**12), context=32_768), even)
+    assert plan.fits and plan.options["experts"] == "resident"
+    assert any("on a CPU only" in note for note in plan.notes)
+    bare = make_plan(asked(gpus(1, 200_000, ram=64 * GIB, nvme=10**12), context=32_768), even)
+    assert plan.sessions.parked_disk < bare.sessions.parked_disk  # the experts are on that drive
 
 
 @pytest.mark.parametrize(("sessions", "context", "shared"), [(1, 300, 0), (3, 700, 0), (4, 1024, 512)])

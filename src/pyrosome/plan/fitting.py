@@ -17,6 +17,7 @@ ENDLESS = 1 << 60  # bytes, to see how many are needed
 MAX_SESSIONS = 1_000_000
 MAX_DEVICES = 64  # that are looked at when more are needed
 LEAST_STEP_TOKENS = 256
+SHORTEST = 16  # a context shorter than this part of the asked one is another task, not a change
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,7 +240,7 @@ def _fewer_sessions(asked: Asked, layout: Layout, placement: Placement) -> Itera
 
 def _shorter(asked: Asked, layout: Layout, placement: Placement) -> Iterator[Change]:
     found = longest_context(asked, layout, placement)
-    if 0 < found < asked.context:
+    if asked.context // SHORTEST <= found < asked.context:
         text = f"a context of {found:,} tokens instead of {asked.context:,}"
         yield Change("context", text, dataclasses.replace(asked, context=found), layout, placement)
 
@@ -327,7 +328,7 @@ def session_bytes(asked: Asked, layout: Layout, placement: Placement) -> int:
 
     A share of the pages for branches is in it: what so many sessions more take, divided by their number.
     """
-    many = 16 * layout.replicas
+    many = 16
     few, more = (
         sum(Site(asked, layout, placement, n).pool_bytes(rank) for rank in range(layout.ranks))
         for n in (layout.replicas, layout.replicas + many)

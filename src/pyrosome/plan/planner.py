@@ -62,8 +62,10 @@ def make_plans(asked: Asked, estimate: Estimate = estimated) -> list[Plan]:
 
 
 def _rank(plan: Plan, is_spread: bool) -> tuple[bool, bool, int, float]:
+    """Smaller is better; of plans that do not fit, the one that lacks least."""
     tokens = plan.speed.total_tok_s.mid if plan.speed else 0.0
-    return not plan.fits, is_spread, -plan.sessions.decoding, -tokens
+    last = -tokens if plan.fits else -float(min(p.free_bytes for p in plan.places))
+    return not plan.fits, is_spread and plan.fits, -plan.sessions.decoding, last
 
 
 def _plan(asked: Asked, layout: Layout, placement: Placement, estimate: Estimate) -> Plan:
