@@ -51,6 +51,15 @@ def test_a_plan_is_read_in_100_columns(arguments):
     assert max(len(line.rstrip()) for line in said.splitlines()) <= 100
 
 
+def test_the_longest_context_that_fits_is_told_and_is_the_longest():
+    asked = ("--gpu", "h200:2", "--sessions", "60", "--mode", "pp")
+    longest = json.loads(run(*asked, "--context", "256K", "--json"))["longest_context"]
+    assert f"longest context{longest:>10,}  tokens of each of 60 sessions" in run(*asked, "--context", str(longest))
+    assert "It does not fit" in run(*asked, "--context", str(longest + 128), status=1)
+    said = run("--gpu", "h200:1", "--context", "8K", status=1)
+    assert "longest context      none  for one session" in said
+
+
 def test_what_does_not_fit_says_why_and_what_would_with_status_1():
     said = run("--gpu", "h200:1", "--context", "1M", "--sessions", "7", status=1)
     assert "It does not fit." in said and "\nwhy     h200 0 lacks " in said and "\nchange  it fits with " in said
@@ -69,7 +78,7 @@ def test_a_plan_is_written_whole_or_not_at_all(tmp_path):
     run(*TWO_H200, "--out", str(path))
     found = json.loads(run(*TWO_H200, "--json"))
     written = json.loads(path.read_text())
-    assert written == {key: value for key, value in found.items() if key != "others"}
+    assert written == {key: value for key, value in found.items() if key not in ("others", "longest_context")}
     assert [p.name for p in tmp_path.iterdir()] == ["plan.json"]
     with pytest.raises(RequestError, match="name another file"):
         run(*TWO_H200, "--out", str(tmp_path / "none" / "plan.json"))

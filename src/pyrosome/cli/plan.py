@@ -156,18 +156,23 @@ def _one(
     screen: Screen, model: Model, rented: Rented, fields: dict[str, Any], out: Path | None, *, as_json: bool
 ) -> None:
     from pyrosome.cli import plan_tables
+    from pyrosome.plan.fitting import longest_context, place_experts
+    from pyrosome.plan.layout import Layout
     from pyrosome.plan.plan import Asked
     from pyrosome.plan.planner import make_plans
 
     asked = Asked(model, _machine(rented, GPU if rented.gpu is None else rented.gpu), **fields)
     plans = make_plans(asked)
+    layout = Layout.of(plans[0].mode, asked.machine.count)
+    longest = longest_context(asked, layout, place_experts(asked, layout))
     if out is not None:
         _write(plans[0].to_json(), out)
     if as_json:
         best, *others = (json.loads(p.to_json()) for p in plans)
-        typer.echo(json.dumps({**best, "others": others}, ensure_ascii=False))  # `serve --plan` reads this too
+        found = {**best, "longest_context": longest, "others": others}  # `serve --plan` reads this too
+        typer.echo(json.dumps(found, ensure_ascii=False))
     else:
-        plan_tables.show_plan(screen, asked, plans)
+        plan_tables.show_plan(screen, asked, plans, longest)
         if out is not None:
             screen.notice(f"The plan is in {out}: pyrosome serve --plan {out}")
     if not plans[0].fits:

@@ -28,14 +28,18 @@ NEAREST = 3  # and of those that do not, where none does
 GIB = 1 << 30
 
 
-def show_plan(screen: Screen, asked: Asked, plans: Sequence[Plan]) -> None:
-    """The best plan whole, and the others in a line each."""
+def show_plan(screen: Screen, asked: Asked, plans: Sequence[Plan], longest: int) -> None:
+    """The best plan whole, and the others in a line each.
+
+    Args:
+        longest: context that so many sessions fit with; 0: none.
+    """
     out = console(screen)
     best = plans[0]
     _asked(out, asked)
     _verdict(out, best)
     _placed(out, best)
-    _sessions(out, asked, best)
+    _sessions(out, asked, best, longest)
     if best.speed:
         _speed(out, best)
         _cost(out, asked, best)
@@ -142,7 +146,7 @@ def _amount(num_bytes: int) -> str:
     return f"{num_bytes / GIB:,.2f}" if abs(num_bytes) >= GIB / 200 else "<0.01"
 
 
-def _sessions(out: Console, asked: Asked, plan: Plan) -> None:
+def _sessions(out: Console, asked: Asked, plan: Plan, longest: int) -> None:
     s = plan.sessions
     where = "on all devices together" if asked.machine.count > 1 else "in all"
     heading(out, f"room for sessions of {asked.context:,} tokens")
@@ -153,6 +157,10 @@ def _sessions(out: Console, asked: Asked, plan: Plan) -> None:
         ("parked on disk", s.parked_disk, ""),
     ):
         out.print(f"{state:<16}{count:>9,}  {about}".rstrip())
+    each = f"each of {asked.sessions:,} sessions" if asked.sessions > 1 else "one session"
+    mode = f", by {plan.mode}" if asked.machine.count > 1 else ""
+    most = f"{longest:>10,}  tokens of" if longest else "      none  for"
+    out.print(f"longest context{most} {each}{mode}")
 
 
 def _speed(out: Console, plan: Plan) -> None:
@@ -303,7 +311,7 @@ def _device(d: Device) -> tuple[str, ...]:
 def show_vendor(screen: Screen, report: dict[str, Any]) -> None:
     """The vendor's cells: listed, reproduced, and what this engine holds by mode."""
     out = console(screen)
-    heading(out, "sessions of 1,048,576 tokens: as a hosting vendor lists them, reproduced, and held by this engine")
+    heading(out, "sessions of 1,048,576 tokens: a vendor's list, reproduced; then what this engine holds, by mode")
     modes = list(dict.fromkeys(m for cell in report["cells"] for m in cell["ours"]))
     titles = ("table", "name", "weights", "GPUs", "mode", "listed", "predicted", *modes)
     table(out, titles, [_cell(cell, modes) for cell in report["cells"]], left=3)
