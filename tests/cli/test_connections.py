@@ -126,7 +126,7 @@ def test_commands_open_no_connection(watched, tmp_path):
         ["inspect", "builtin:nano"],
         ["plan", "--gpu", "h200:2"],
         ["verify", "builtin:nano", "--only", "files,dialect,layers", "--quick"],
-        ["doctor", "--json"],
+        ["doctor", "--json", "--no-speeds"],
         ["--offline", "run", "builtin:nano", "-p", "37 + 25", "--max-tokens", "4"],
     ]
     done = subprocess.run(
