@@ -39,6 +39,15 @@ def test_a_steps_tokens_are_counted_in_the_first_bucket_that_holds_them(number):
     assert stats.steps_by_tokens == tuple(2 * (i == number) for i in range(len(TOKEN_BUCKETS) + 1))
 
 
+def test_steps_are_added_up_apart_by_whether_they_read_a_prompt():
+    stats = Stats()
+    stats.step_computed(0.25, [(100, 1, 0), (50, 3, 2)])
+    stats.step_computed(0.5, [(101, 1, 0), (0, 64, 0)])
+    stats.step_computed(0.125, [(7, 2, 1)])
+    assert stats.decode_sums == {"steps": 2, "seconds": 0.375, "spans": 3, "tokens": 6, "positions": 157}
+    assert stats.prompt_sums == {"steps": 1, "seconds": 0.5, "spans": 2, "tokens": 65, "positions": 101}
+
+
 def test_drafts_are_counted_by_their_position():
     stats = Stats()
     for num_drafts, num_accepted in ((0, 0), (2, 1), (0, 0), (4, 4), (1, 0), (3, 2)):
@@ -60,6 +69,8 @@ def test_lookups_ends_and_faults_are_counted_by_kind():
 
 def count_all(stats: Stats) -> None:
     stats.step_done(0.1, 7)
+    stats.step_computed(0.1, [(5, 1, 0)])
+    stats.step_computed(0.1, [(0, 6, 0)])
     stats.looked_up(Reuse(9, 8, 8, 0, "all"))
     stats.drafts_checked(3, 2)
     stats.ended("stop")

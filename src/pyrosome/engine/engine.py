@@ -207,6 +207,7 @@ class Engine:
             ended = time.monotonic()
             num_tokens = sum(len(s.ids) for s in spans)
             self.stats.step_done(ended - began, num_tokens)
+            self.stats.step_computed(ended - began, [(s.start, len(s.ids), len(s.drafts)) for s in spans])
             if self.trace:
                 self.trace.span("step", began, ended, spans=len(spans), tokens=num_tokens, events=len(events))
         if self.options.log_every and self._step % self.options.log_every == 0:

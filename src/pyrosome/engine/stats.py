@@ -5,13 +5,15 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from pyrosome.engine.request import Reuse
 
 STEP_BUCKETS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)  # seconds; the last count is of longer ones
 TOKEN_BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)  # of a step; the last is of more
+
+STEP_SUMS = ("steps", "seconds", "spans", "tokens", "positions")  # positions: where spans began
 
 
 @dataclasses.dataclass
@@ -60,6 +62,9 @@ class Stats:
     step_seconds: float = 0.0
     steps_by_seconds: tuple[int, ...] = (0,) * (len(STEP_BUCKETS) + 1)
     steps_by_tokens: tuple[int, ...] = (0,) * (len(TOKEN_BUCKETS) + 1)
+    # Sums over steps that only go on with answers, and over those with a part of a prompt: STEP_SUMS.
+    decode_sums: dict[str, float] = dataclasses.field(default_factory=dict)
+    prompt_sums: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def step_done(self, seconds: float, num_tokens: int) -> None:
         """Count a step."""
@@ -67,6 +72,17 @@ class Stats:
         self.step_seconds += seconds
         self.steps_by_seconds = _one_more_in(self.steps_by_seconds, bisect.bisect_left(STEP_BUCKETS, seconds))
         self.steps_by_tokens = _one_more_in(self.steps_by_tokens, bisect.bisect_left(TOKEN_BUCKETS, num_tokens))
+
+    def step_computed(self, seconds: float, spans: Sequence[tuple[int, int, int]]) -> None:
+        """Count what a step computed: (position, tokens, how many of these are drafts) of each span."""
+        found = (1, seconds, len(spans), sum(count for _, count, _ in spans), sum(start for start, _, _ in spans))
+        is_decoding = all(count - drafts == 1 for _, count, drafts in spans)
+        before = self.decode_sums if is_decoding else self.prompt_sums
+        sums = {name: before.get(name, 0) + value for name, value in zip(STEP_SUMS, found, strict=True)}
+        if is_decoding:
+            self.decode_sums = sums
+        else:
+            self.prompt_sums = sums
 
     def looked_up(self, reuse: Reuse) -> None:
         """Count what a request found in the prefix tree."""

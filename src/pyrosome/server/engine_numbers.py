@@ -20,7 +20,7 @@ COUNTERS = (
     "requests", "ended_by_reason", "errors_by_type", "prompt_tokens", "reused_tokens", "replayed_tokens",
     "computed_tokens", "output_tokens", "drafted", "accepted", "lookups_by_limit", "self_checks", "self_check_failures",
     "parks", "resumes", "evicted_blocks", "spilled_blocks", "restored_blocks", "steps", "step_seconds",
-    "steps_by_seconds", "steps_by_tokens",
+    "steps_by_seconds", "steps_by_tokens", "decode_sums", "prompt_sums",
 )  # fmt: skip
 
 

@@ -138,6 +138,7 @@ class Server(uvicorn.Server):
             log.info("closing: %d requests run, and may for %g s; a second signal ends them now", running,
                      self._service.options.drain_s)  # fmt: skip
         await self._service.drain()
+        await self._service.last_numbers()
         self.should_exit = True
 
     async def on_tick(self, counter: int) -> bool:

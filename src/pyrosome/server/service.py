@@ -17,7 +17,9 @@ from pyrosome.chat import Chat
 from pyrosome.chat.prompt import Prompt
 from pyrosome.checkpoint.index import open_checkpoint
 from pyrosome.engine.aio import AsyncEngine, EngineProcess
+from pyrosome.engine.stats import Stats
 from pyrosome.engine.worker import Driver
+from pyrosome.errors import PyrosomeError
 from pyrosome.options import EngineOptions, ServerOptions
 from pyrosome.server.caller import Door, OpenDoor
 from pyrosome.server.gate import Gate, Pace
@@ -111,6 +113,7 @@ class Service:
         self.closers: list[Callable[[], object]] = [self.replay.close] if self.replay else []
         self.hurry = asyncio.Event()  # set: what runs is ended at once when the server closes
         self.driver: Driver | None = None  # of the engine, once it is there
+        self.final_stats: Stats | None = None  # what the engine had done, once the server has ended
         self._make_driver = make_driver
         self._engine: AsyncEngine | None = None
         self._kept: set[asyncio.Task[Any]] = set()
@@ -177,6 +180,13 @@ class Service:
         until = time.monotonic() + GOODBYE_S
         while (self.exchanges or self._kept) and time.monotonic() < until:
             await asyncio.sleep(LOOK_S)
+
+    async def last_numbers(self) -> None:
+        """Have the engine's numbers once more before it ends; without them where it does not tell them soon."""
+        if self._engine is None or self.state == FAILED:
+            return
+        with contextlib.suppress(PyrosomeError, TimeoutError):
+            self.final_stats = await asyncio.wait_for(self._engine.call("stats"), GOODBYE_S)
 
     def keep(self, task: asyncio.Task[Any]) -> None:
         """Hold a task that goes on by itself, until it has ended."""
