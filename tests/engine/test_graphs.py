@@ -121,6 +121,27 @@ def test_no_more_captures_are_kept_than_that(monkeypatch):
     assert ours.graphs.num_run
 
 
+def test_captures_hold_no_more_bytes_than_that_and_none_of_them_a_quarter_of_it(monkeypatch):
+    ours = runner()
+    held = [ours.open() for _ in range(4)]
+
+    def steps(count):
+        for _ in range(12):
+            ours.step([(s, [7]) for s in held[:count]])
+
+    steps(1)
+    one = max(graph.num_bytes for graph in ours.graphs.kept.values() if isinstance(graph, graphs.Graph))
+    monkeypatch.setattr(graphs, "MOST_BYTES", 2 * one + one // 2)
+    monkeypatch.setattr(graphs, "MOST_BYTES_EACH", one + one // 2)
+    for count in (1, 2, 3, 4, 1):
+        steps(count)
+        assert ours.graphs.num_bytes <= graphs.MOST_BYTES
+    assert {len(key) and key[0] for key in ours.graphs.refused} == {2, 3, 4}
+    run = ours.graphs.num_run
+    steps(1)
+    assert ours.graphs.num_run > run
+
+
 def test_long_spans_and_large_batches_are_run_plainly(monkeypatch):
     monkeypatch.setattr(graphs, "MOST_TOKENS", 2)
     ours = runner()

@@ -7,8 +7,8 @@ import torch
 
 import pyrosome.ops.experts as module
 from pyrosome.dist import Mesh, tree_sum
-from pyrosome.ops.experts import ExpertWeights, clamped_swiglu, routed_experts
-from pyrosome.quant import FORMATS, QuantTensor, simulate_fp8
+from pyrosome.ops.experts import ExpertWeights, clamped_swiglu, routed_experts, shared_expert
+from pyrosome.quant import FORMATS, QuantTensor, round_activation, simulate_fp8, unchanged
 
 D, I, LIMIT = 6, 5, 0.7  # noqa: E741  a limit that many activations exceed
 
@@ -254,6 +254,22 @@ def test_stored_experts_are_their_own_exact_values(name, prepare, dtype, T):
     assert out.dtype == torch.promote_types(dtype, torch.float32)
     assert torch.equal(out, routed_experts.definition(x, plain, expert, weight, LIMIT))
     assert out.abs().any() or (expert < 0).all()
+
+
+@pytest.mark.parametrize("T", [1, 20])
+@torch.inference_mode()
+def test_unpacked_experts_are_given_the_rounded_inputs_that_their_format_asked_for(T):
+    packed = stored("fp8", bank(4, dim=256, inner=128), round_activation)
+    plain = ExpertWeights(*(w.dequantize() for w in packed[:3]), round_activation)
+    x, (expert, weight) = draw(T, 256), routing(T, 2, 4, absent=0.0)
+    wanted = routed_experts.definition(x, packed, expert, weight, LIMIT)
+    out = routed_experts(x, plain, expert, weight, LIMIT)
+    apart = (routed_experts(x, plain._replace(prepare=unchanged), expert, weight, LIMIT) - wanted).abs().max()
+    assert (out - wanted).abs().max() < apart / 10  # where sums in another order round to a neighbour, a little
+    one = ExpertWeights(*(w[0] for w in plain[:3]), round_activation)
+    wanted = shared_expert.definition(x, one, LIMIT)
+    apart = (shared_expert(x, one._replace(prepare=unchanged), LIMIT) - wanted).abs().max()
+    assert (shared_expert(x, one, LIMIT) - wanted).abs().max() < apart / 10
 
 
 def test_float64_stays_float64_in_value_too():

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from pyrosome.errors import UnsupportedFormat
-from pyrosome.ops.linear import dense, dense_rows, grouped_linear, linear
-from pyrosome.quant import FORMATS, QuantTensor
+from pyrosome.ops.linear import dense, dense_rows, grouped_linear, linear, linears
+from pyrosome.quant import FORMATS, QuantTensor, round_activation, unchanged
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-13, torch.bfloat16: 1e-2}
@@ -126,3 +126,20 @@ def test_rows_are_read_from_plain_tables_only():
     assert torch.equal(dense_rows(table, torch.tensor([4, 0, 4])), torch.stack([table[4], table[0], table[4]]))
     with pytest.raises(UnsupportedFormat, match="fp8"):
         dense_rows(stored("fp8", 5, 4), torch.tensor([0]))
+
+
+@pytest.mark.parametrize("T", [1, 40])
+@torch.inference_mode()
+def test_an_unpacked_weight_is_given_the_rounded_inputs_that_its_format_asked_for(T):
+    x, packed = draw(T, 256), stored("fp8", 128, 256)
+    plain = packed.dequantize()
+    wanted = linear.definition(x, plain, round_activation)
+    torch.testing.assert_close(linear(x, plain, round_activation), wanted, rtol=1e-5, atol=1e-4)
+    assert (linear(x, plain) - wanted).abs().max() > 1e-2
+    other = draw(64, 256, seed=5)
+    for weights in (
+        ((plain, round_activation), (other, unchanged)),
+        ((plain, round_activation), (packed, round_activation)),
+    ):
+        for out, (w, prepare) in zip(linears(x, weights), weights, strict=True):
+            torch.testing.assert_close(out, linear.definition(x, w, prepare), rtol=1e-5, atol=1e-4)

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import itertools
 import logging
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch import Tensor
@@ -22,13 +23,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pyrosome.cache.pool import CachePool
 from pyrosome.errors import EngineError
 from pyrosome.model.deepseek_v4 import DeepseekV4, Rotations
+from pyrosome.model.layers import Weight
 from pyrosome.model.step import Step
 from pyrosome.ops import native
+from pyrosome.quant import QuantTensor
 
 log = logging.getLogger(__name__)
 _I, _P = ctypes.c_int64, ctypes.c_void_p
 MOST_TOKENS = 64  # of a step that is captured
 MOST_KEPT = 48  # captures; the one not used for longest goes
+MOST_BYTES = 1 << 30  # that captures hold together
+# Of one.  Rows of four tokens end in one step of four, so batches go round four shapes: a capture of which not four are
+# kept would be gone when its shape comes again.
+MOST_BYTES_EACH = MOST_BYTES // 4
 CONTEXT_GRAIN = 512  # tokens: the bound on contexts is rounded up, so that it is the same for many steps
 
 
@@ -76,14 +83,24 @@ class StepGraphs:
             self.refused.add(key)
             del self.kept[key]
             return None
-        self._keep(key, graph)
+        if graph.num_bytes > MOST_BYTES_EACH:
+            log.info("steps of %d tokens are not captured: one holds %d bytes", len(step.layout), graph.num_bytes)
+            self.refused.add(key)
+            del self.kept[key]
+        else:
+            self._keep(key, graph)
         return results
 
     def _keep(self, key: tuple[Any, ...], what: Graph | Step) -> None:
         self.kept[key] = what
         self.kept.move_to_end(key)
-        while len(self.kept) > MOST_KEPT:
+        while len(self.kept) > MOST_KEPT or self.num_bytes > MOST_BYTES:
             self.kept.popitem(last=False)
+
+    @property
+    def num_bytes(self) -> int:
+        """Held by captures."""
+        return sum(graph.num_bytes for graph in self.kept.values() if isinstance(graph, Graph))
 
     def _is_watched(self) -> bool:
         """Whether somebody hooked a module: hooks see a step that is run plainly, and no other."""
@@ -134,6 +151,7 @@ class Graph:
     last: Tensor
     logits: Tensor
     held: list[object]
+    num_bytes: int  # of all that is held
 
     def run(self, step: Step) -> tuple[Tensor, Tensor]:
         """Fill the buffers and make the calls.
@@ -183,7 +201,8 @@ def capture(model: DeepseekV4, pool: CachePool, step: Step, seen: Step) -> tuple
         raise Uncapturable("something of the step that was not foreseen")
     held = [*watch.held, turns]
     calls = [native.bare(*call) for call in recorder.calls]
-    graph = Graph(model, calls, shadow, (Derived * len(told))(*told), first, streams, logits, held)
+    size = _bytes_beside(_lasting(model, pool), watch.held)
+    graph = Graph(model, calls, shadow, (Derived * len(told))(*told), first, streams, logits, held, size)
     return graph, (streams.clone(), logits.clone())
 
 
@@ -207,6 +226,23 @@ def _rotations(model: DeepseekV4, turns: dict[int, Rotations]) -> list[Derived]:
                 told.out[0] = turn.data_ptr()
                 out.append(told)
     return out
+
+
+def _lasting(model: DeepseekV4, pool: CachePool) -> Iterator[Tensor]:
+    """What is there with and without captures: weights, rows and tables."""
+    yield from itertools.chain(model.parameters(), model.buffers(), model.bank.tiles(), *pool.planes.values())
+    yield from pool._tables.values()
+    for module in model.modules():
+        if isinstance(module, Weight) and isinstance(module.value, QuantTensor):
+            yield from (module.value.data, module.value.scale)
+
+
+def _bytes_beside(lasting: Iterable[Tensor], held: list[object]) -> int:
+    """Of the storages of what is held, each counted once, those that last anyway left out."""
+    storages = {s.data_ptr(): s.nbytes() for s in (x.untyped_storage() for x in held if isinstance(x, Tensor))}
+    for x in lasting:
+        storages.pop(x.untyped_storage().data_ptr(), None)
+    return sum(storages.values())
 
 
 def _clone(value: Any) -> Any:

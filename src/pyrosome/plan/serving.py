@@ -18,8 +18,9 @@ from pyrosome.plan.workspace import Spans, captured_bytes
 # Two Python processes, one of them with torch, take 0.22 GiB of their own and 0.1 GiB of libraries on Linux; and the
 # requests that run have theirs.
 PROCESS_BYTES = 512 << 20
-# Steps of single tokens are captured when their shape comes again, and so many captures are kept (`engine.graphs`).
-CAPTURES, CAPTURED_TOKENS = 48, 64
+# Steps of single tokens are captured when their shape comes again, and so many captures are kept, with no more bytes
+# in all (`engine.graphs`).
+CAPTURES, CAPTURED_TOKENS, CAPTURED_BYTES = 48, 64, 1 << 30
 GIB = 1 << 30
 
 
@@ -138,7 +139,7 @@ class Server:
             self.config, ((context - 1, 1),) * spans, context, self.kv_format, self.numerics, num_drafts=o.max_drafts,
             has_drafts=self.has_drafts,
         )  # fmt: skip
-        return CAPTURES * captured_bytes(one)
+        return min(CAPTURED_BYTES, CAPTURES * captured_bytes(one))
 
     def _cache(self, tokens: int, context: int) -> CachePlan:
         o = self.options

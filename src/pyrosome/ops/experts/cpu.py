@@ -8,7 +8,7 @@ from torch import Tensor
 from pyrosome.ops import experts as ops
 from pyrosome.ops import native, workspace
 from pyrosome.ops.experts import ExpertWeights
-from pyrosome.quant import round_activation, unchanged
+from pyrosome.quant import QuantTensor, round_activation, unchanged
 
 
 def routed_experts(x_TD: Tensor, bank: ExpertWeights, expert_TK: Tensor, weight_TK: Tensor, limit: float) -> Tensor:
@@ -17,7 +17,7 @@ def routed_experts(x_TD: Tensor, bank: ExpertWeights, expert_TK: Tensor, weight_
     Raises:
         IndexError: a token was routed to an expert there is not.
     """
-    if bank.prepare not in (round_activation, unchanged):
+    if not _is_told(bank):
         return ops.routed_experts.definition(x_TD, bank, expert_TK, weight_TK, limit)  # type: ignore[no-any-return]
     lib, (T, K), (E, D) = native.library(), expert_TK.shape, (bank.w1.shape[0], bank.w1.shape[-1])
     _check_width(x_TD, D)
@@ -36,7 +36,7 @@ def routed_experts(x_TD: Tensor, bank: ExpertWeights, expert_TK: Tensor, weight_
 
 def shared_expert(x_TD: Tensor, expert: ExpertWeights, limit: float, onto_TD: Tensor | None = None) -> Tensor:
     """As the definition, for float32 x."""
-    if expert.prepare not in (round_activation, unchanged):
+    if not _is_told(expert):
         return ops.shared_expert.definition(x_TD, expert, limit, onto_TD)  # type: ignore[no-any-return]
     _check_width(x_TD, expert.w1.shape[-1])
     x_TD = x_TD.contiguous()
@@ -48,6 +48,12 @@ def shared_expert(x_TD: Tensor, expert: ExpertWeights, limit: float, onto_TD: Te
     )  # fmt: skip
     del kept1, kept3, kept2
     return y_TD
+
+
+def _is_told(weights: ExpertWeights) -> bool:
+    """Whether the library rounds as these ask: in front of stored weights alone, and unpacked ones keep asking."""
+    stored = all(isinstance(w, QuantTensor) for w in (weights.w1, weights.w3, weights.w2))
+    return weights.prepare is unchanged or (weights.prepare is round_activation and stored)
 
 
 def _check_width(x_TD: Tensor, D: int) -> None:

@@ -22,7 +22,7 @@ class Product(ctypes.Structure):
 
 def linear(x: Tensor, weight_NK: Tensor | QuantTensor, prepare: Prepare = unchanged) -> Tensor:
     """As the definition, for float32 x."""
-    if prepare not in (round_activation, unchanged):
+    if prepare is not unchanged and not (prepare is round_activation and _is_stored(weight_NK)):
         x, prepare = prepare(x), unchanged
     (out,) = linears(x, ((weight_NK, prepare),))
     return out
@@ -33,7 +33,9 @@ def linears(
 ) -> list[Tensor]:
     """As the definition, for float32 x: one call for all, inputs normalised and rounded once."""
     rounds = [prepare is round_activation for _, prepare in weights]
-    if any(prepare not in (round_activation, unchanged) for _, prepare in weights):
+    # The library rounds in front of stored weights alone; unpacked ones keep what their format asked for.
+    is_told = [prepare is unchanged or (prepare is round_activation and _is_stored(w)) for w, prepare in weights]
+    if not all(is_told):
         return ops.linears.definition(x, weights, norm, eps)  # type: ignore[no-any-return]
     K, lead = x.shape[-1], x.shape[:-1]
     rows = x.reshape(-1, K)
@@ -43,7 +45,7 @@ def linears(
     for i, (value, _) in enumerate(weights):
         if value.shape[-1] != K:  # memory past a row must never be read
             raise RuntimeError(f"rows of {K} were given to a product of {value.shape[-1]} inputs")
-        if isinstance(value, QuantTensor) and rounds[i] != any(rounds):
+        if _is_stored(value) and rounds[i] != any(rounds):
             return ops.linears.definition(x, weights, norm, eps)  # type: ignore[no-any-return]
         out, (_, kept) = workspace.empty(*lead, value.shape[0], like=x), native.weight(value)
         products[i] = Product(ctypes.addressof(kept.spec), out.data_ptr(), value.shape[0])
@@ -53,6 +55,10 @@ def linears(
         rows.data_ptr(), K, M, products, len(outs), any(rounds), native.address(norm), eps, native.threads()
     )
     return outs
+
+
+def _is_stored(weight: Tensor | QuantTensor) -> bool:
+    return isinstance(weight, QuantTensor)
 
 
 def grouped_linear(x_TGK: Tensor, weight_NK: Tensor | QuantTensor) -> Tensor:
