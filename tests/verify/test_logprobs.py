@@ -260,5 +260,7 @@ def test_a_gap_is_what_it_says():
     other = logprobs.gap(row, 1, math.log(0.6), {1: math.log(0.6), 0: math.log(0.4)})
     assert other.apart == pytest.approx(math.log(0.5)) and not other.is_clear and not other.agrees
     assert other.kl == pytest.approx(0.6 * math.log(0.6 / 0.3) + 0.4 * math.log(0.4 / 0.5), abs=1e-6)
+    rest = logprobs.gap(row, 0, math.log(0.5), {1: math.log(0.1)})  # 0.4 for all others, of which there are 0.2 here
+    assert rest.kl == pytest.approx(0.1 * math.log(0.1 / 0.3) + 0.4 * math.log(0.4 / 0.2), abs=1e-6)
     rare = logprobs.gap(row, 2, -9999.0, {})
     assert rare.apart == pytest.approx(math.log(0.2) - logprobs.LEAST) and rare.kl is None and not rare.is_clear

@@ -99,8 +99,8 @@ def _kept(model: LoadedModel, length: int) -> int:
 
 
 def _by_position(rows_RV: Tensor, stop: int) -> dict[int, Tensor]:
-    """Rows by position, of a span that ends before `stop`; copied, since a captured step writes where the last did."""
-    return {stop - len(rows_RV) + i: row_V.clone() for i, row_V in enumerate(rows_RV)}
+    """Rows by position, of a span that ends before `stop`."""
+    return {stop - len(rows_RV) + i: row_V for i, row_V in enumerate(rows_RV)}
 
 
 class _FreeDrafts(StepCost):
