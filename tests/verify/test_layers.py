@@ -14,7 +14,6 @@ from pyrosome.ops import native
 from pyrosome.ops.compress import compressed_rows
 from pyrosome.ops.experts import routed_experts
 from pyrosome.ops.index_topk import index_topk
-from pyrosome.ops.linear import grouped_linear
 from pyrosome.ops.route import route
 from pyrosome.ops.seam import OPS, Kernel, place_of, use
 from pyrosome.ops.sparse_attention import attention
@@ -165,9 +164,7 @@ def one_bit(result, *args):
 
 FAULTS = {
     "attention off by a thousandth": (attention, scaled_by(1.001), 0, ("exact",)),
-    "attention off by a twentieth": (attention, scaled_by(1.05), 0, ("exact", "trained")),
     "experts' sum": (routed_experts, scaled_by(1.02), 2, ("exact", "trained")),
-    "grouped projection": (grouped_linear, scaled_by(0.98), 1, ("exact", "trained")),
     "the worst rows": (index_topk, the_worst_rows, 1, ("exact", "trained")),
     "an expert nobody chose": (route, other_expert, 3, ("exact", "trained")),
     "a bit of a stored row": (store_rows, one_bit, 0, ("exact", "trained")),
