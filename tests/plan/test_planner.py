@@ -10,6 +10,7 @@ import pytest
 from pyrosome.config import ModelConfig
 from pyrosome.engine.engine import Engine
 from pyrosome.errors import CheckpointError, PlanError, RequestError
+from pyrosome.llm import load_model
 from pyrosome.options import EngineOptions
 from pyrosome.plan.fitting import changes, fractional_sessions, longest_context, most, most_sessions, place_experts
 from pyrosome.plan.inventory import Model
@@ -127,6 +128,9 @@ SHORT = {
     "weights beside little RAM": asked(gpus(1, 32_607, ram=32 * GIB), context=8192),
     "replicas": asked(gpus(2, H100), mode="dp", context=8192),
     "a processor": asked(processor(128 * GIB), context=8192),
+    "rows on a small host": asked(gpus(2, H200, ram=16 * GIB), sessions=9, csa_host=True, mode="ep"),
+    "rows on an unknown host": asked(gpus(2, H200), sessions=9, csa_host=True, mode="ep"),
+    "many parked": asked(gpus(2, H200, ram=64 * GIB), mode="pp", parked=40),
     "one memory": asked(unified(122_880), context=8192),
 }
 
@@ -178,6 +182,9 @@ def test_the_changes_are_in_the_order_of_their_harm():
     assert kinds["wide rows"][:3] == ["csa_host", "mode", "kv_format"]
     assert kinds["weights"] == ["ram", "nvme", "devices"]
     assert kinds["a processor"] == ["ram", "nvme"]
+    assert kinds["rows on a small host"] == ["sessions", "context", "ram"]
+    assert kinds["rows on an unknown host"] == ["ram"]
+    assert kinds["many parked"] == ["context", "ram", "nvme"]
     assert "ram" not in kinds["one memory"] and "devices" in kinds["one memory"]
 
 
@@ -194,6 +201,15 @@ def test_what_is_lacking_is_told_in_units():
     )
     assert plan.change.startswith("it fits with CSA rows in host memory, of which ")
     assert f"{plan.sessions.decoding} sessions instead of 20" in plan.change
+
+
+def test_a_host_that_lacks_memory_is_told_apart_from_the_devices():
+    plan = make_plan(asked(gpus(2, H200, ram=16 * GIB), sessions=9, csa_host=True, mode="ep"), even)
+    assert plan.why_not.startswith("RAM lacks ") and plan.why_not.endswith(", and has 16.0 GiB")
+    unknown = make_plan(asked(gpus(2, H200), sessions=9, csa_host=True, mode="ep"), even)
+    assert unknown.why_not.endswith("it is not known how much there is")
+    uneven = make_plan(asked(gpus(3, A100), sessions=40, mode="ep"), even)
+    assert " GiB to " in uneven.why_not
 
 
 def test_a_model_that_nothing_makes_fit_is_told_so():
@@ -327,6 +343,25 @@ def test_an_engine_allocates_what_the_plan_for_a_processor_says(sessions, contex
     assert engine.runner.pool.allocated_bytes == pool
     names = {"workspace", "reserve", "system", "weights"}
     assert pool == sum(i.num_bytes for i in plan.places[0].items if i.kind not in names)
+
+
+def test_the_built_in_model_takes_the_cache_that_was_planned():
+    model = Model.open("builtin:nano")
+    a = Asked(model, processor(8 * GIB), context=4096, sessions=3, prefilling=2)
+    plan = make_plan(a, even)
+    options = {k: v for k, v in plan.options.items() if k not in ("numerics", "kv_format", "experts")}
+    loaded = load_model("builtin:nano", numerics=plan.options["numerics"], kv_format=plan.options["kv_format"])
+    engine = loaded.engine(EngineOptions(**options))
+    pool = Site(a, Layout.of("tp", 1), Placement(), 3).pool_bytes()
+    assert engine.runner.pool.allocated_bytes == pool
+    assert (engine.max_context, options["step_tokens"]) == (4096, 2 * 2048)
+
+
+def test_a_prompt_takes_no_larger_steps_than_it_is_long():
+    short = make_plan(asked(gpus(1, 200_000), context=512), even)
+    assert short.asked["step_tokens"] == 512 and short.options["step_tokens"] == 512
+    long = make_plan(asked(gpus(1, 200_000), context=65_536), even)
+    assert long.asked["step_tokens"] == 8192
 
 
 def test_a_vendors_row_format_is_planned_and_said_not_to_be_served():

@@ -139,8 +139,8 @@ def lacking(where: Sequence[Place]) -> str:
         amount = gib(worst) if gib(least) == gib(worst) else f"{gib(least)} to {gib(worst)}"
         parts.append(f"{all_of} lacks {amount} of {gib(place.used_bytes)}, and has {gib(place.total_bytes)}")
     for place, n in hosts:
-        has = f"has {gib(place.total_bytes)}" if place.total_bytes else "it is not known how much there is"
-        parts.append(f"{place.name} lacks {gib(n)} of {gib(place.used_bytes)}, and {has}".replace("and it", "since it"))
+        has = f"and has {gib(place.total_bytes)}" if place.total_bytes else "and it is not known how much there is"
+        parts.append(f"{place.name} lacks {gib(n)} of {gib(place.used_bytes)}, {has}")
     return "; ".join(parts)
 
 
@@ -184,6 +184,8 @@ def _smaller_steps(asked: Asked, layout: Layout, placement: Placement) -> Iterat
 def _rows_on_host(asked: Asked, layout: Layout, placement: Placement) -> Iterator[Change]:
     if asked.csa_host or asked.machine.device.kind != "gpu" or 4 not in asked.model.config.layer_ratios:
         return
+    if _on_devices(asked, layout, placement, asked.sessions):
+        return  # it is the host that lacks memory
     changed = dataclasses.replace(asked, csa_host=True)
     moved = dataclasses.replace(placement, csa_on_host=True)
     where = places(changed, layout, moved, asked.sessions)
@@ -246,13 +248,11 @@ def _shorter(asked: Asked, layout: Layout, placement: Placement) -> Iterator[Cha
 
 
 def _more_ram(asked: Asked, layout: Layout, placement: Placement) -> Iterator[Change]:
-    """Experts in as much RAM as it takes, in whole GiB; of a machine without accelerators, more of its memory."""
+    """As much RAM as it takes, in whole GiB: for what is there already, or for experts that devices do not hold."""
     machine = asked.machine
     endless = dataclasses.replace(asked, machine=dataclasses.replace(machine, ram_bytes=ENDLESS))
-    if machine.device.kind == "gpu":
-        spread = _spread_if_needed(endless, layout)
-    else:
-        spread = placement if machine.device.kind == "cpu" and not placement.experts_on_nvme else None
+    is_enough = machine.device.kind != "unified" and _fit(endless, layout, placement)
+    spread = placement if is_enough else _spread_if_needed(endless, layout) if machine.device.kind == "gpu" else None
     if spread is None:
         return
     needed = math.ceil(_used("RAM", endless, layout, spread) / GIB)
@@ -266,14 +266,14 @@ def _more_ram(asked: Asked, layout: Layout, placement: Placement) -> Iterator[Ch
 
 
 def _files(asked: Asked, layout: Layout, placement: Placement) -> Iterator[Change]:
-    """Experts that neither devices nor RAM hold, read from a drive of so many whole GB."""
+    """A drive of so many whole GB: for what is there already, or for experts that neither devices nor RAM hold."""
     machine = asked.machine
     speed = machine.nvme_read_bytes_s if machine.nvme_read_bytes_s > 0 else 1.0
     endless = dataclasses.replace(
         asked, machine=dataclasses.replace(machine, nvme_bytes=ENDLESS, nvme_read_bytes_s=speed)
     )
-    spread = _spread_if_needed(endless, layout)
-    if spread is None or not spread.experts_on_nvme:
+    spread = placement if _fit(endless, layout, placement) else _spread_if_needed(endless, layout)
+    if spread is None:
         return
     needed = -(-_used("NVMe", endless, layout, spread) // GB)
     changed = dataclasses.replace(
@@ -283,10 +283,8 @@ def _files(asked: Asked, layout: Layout, placement: Placement) -> Iterator[Chang
         return
     E = asked.model.config.n_routed_experts
     there = spread.counts(E)[2]
-    yield Change(
-        "nvme", f"{there} of {E} experts of each layer read from {needed:,} GB of NVMe (--nvme {needed}G)", changed,
-        layout, spread,
-    )  # fmt: skip
+    moved = f"{there} of {E} experts of each layer read from " if there else ""
+    yield Change("nvme", f"{moved}{needed:,} GB of NVMe (--nvme {needed}G)", changed, layout, spread)
 
 
 def _spread_if_needed(asked: Asked, layout: Layout) -> Placement | None:

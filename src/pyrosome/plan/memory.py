@@ -50,8 +50,9 @@ def fits(where: Iterable[Place]) -> bool:
 
 
 def step_tokens(asked: Asked) -> int:
-    """Tokens of one prompt that are computed in one step."""
-    return asked.step_tokens or (CPU_STEP_TOKENS if asked.machine.device.kind == "cpu" else GPU_STEP_TOKENS)
+    """Tokens of one prompt that are computed in one step: no more than its context has."""
+    usual = CPU_STEP_TOKENS if asked.machine.device.kind == "cpu" else GPU_STEP_TOKENS
+    return min(asked.step_tokens or usual, asked.context)
 
 
 def num_drafts(asked: Asked) -> int:
@@ -202,8 +203,7 @@ class Site:
     def _cpu_step(self) -> tuple[int, int]:
         a, config = self.asked, self.asked.model.config
         about = CpuStep(a.kv_format, a.numerics, num_drafts(a), a.model.num_stages > 0)
-        tokens = min(step_tokens(a), a.context)
-        prefill = a.prefilling * cpu_prompt_bytes(config, tokens, a.context, about)
+        prefill = a.prefilling * cpu_prompt_bytes(config, step_tokens(a), a.context, about)
         return prefill, cpu_decode_bytes(config, self.sessions, a.context, about)
 
     def _on_host(self) -> list[Item]:
