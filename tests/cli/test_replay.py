@@ -176,6 +176,19 @@ def test_a_context_that_was_asked_for_is_held_or_refused(taken, monkeypatch):
         taken("--context", "1048576", "--cache-gib", "0.01")
 
 
+def test_at_its_end_a_server_tells_what_was_reached_beside_what_was_predicted(taken, monkeypatch):
+    asked = []
+
+    def told(stats, model, kv_format):
+        asked.append((stats, model.name, kv_format))
+        return ["decoding: 5 tok/s measured, 6 predicted"]
+
+    monkeypatch.setattr("pyrosome.measure.served.told_after", told)
+    _, said = taken("--kv-format", "bf16")
+    assert asked == [(None, "builtin:nano", "bf16")] and said.endswith("decoding: 5 tok/s measured, 6 predicted\n")
+    assert "measured" not in taken("--json")[1]
+
+
 def test_files_that_a_container_has_read_are_not_counted_as_used(tmp_path, monkeypatch):
     monkeypatch.setattr("pyrosome.cli.server_flags.memory", lambda: {"available": 100 * GIB})
     limits = {"memory.max": 10 * GIB, "memory.current": 9 * GIB}

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pyrosome.cli import server_flags as flags
+from pyrosome.cli.doctor import short
 from pyrosome.cli.engine_flags import (
     Drafter,
     Experts,
@@ -116,6 +117,7 @@ def serve(
     held = load_options(experts, lock_memory, numa)
 
     from pyrosome.checkpoint.index import open_checkpoint
+    from pyrosome.measure.served import told_after
     from pyrosome.plan.inventory import Model
     from pyrosome.plan.serving import Server
     from pyrosome.server.keys.door import door_for
@@ -148,6 +150,7 @@ def serve(
     said.loading(size, room, [*replay.lines(), *replaced] if replay else [], is_unnamed=model is None and not replay)
     _join_logs()
     run(service, sockets, said.ready)
+    said.after(told_after(service.final_stats, planned, rows))
 
 
 def _chat(index: CheckpointIndex, tokenizer: Path | None, dialect: str | None, options: ServerOptions) -> Chat:
@@ -190,7 +193,7 @@ class _Said:
         cache = self._service.engine_options.cache_bytes / 2**30
         why = f" ({size.reason}; --cache-gib sets it)" if size else ""
         loading = f"Loading {self._service.card.path}, with a cache of {cache:,.2f} GiB{why}."
-        self._screen.notice("\n".join([*of_plan, loading, str(room)]))
+        self._screen.notice("\n".join([*of_plan, loading, str(room), *short()]))
 
     def ready(self) -> None:
         """Once requests are answered."""
@@ -212,6 +215,11 @@ class _Said:
         ]
         key = "KEY" if self._service.door.is_needed else NO_KEY
         self._screen.notice("\n".join(lines) + "\n\n" + pointers(self.url, card.name, key=key) + "\n")
+
+    def after(self, lines: list[str]) -> None:
+        """At the end: what was reached beside what the planner predicts."""
+        if lines and not self._as_json:
+            self._screen.notice("\n".join(lines))
 
     def _about_keys(self) -> Iterator[str]:
         from pyrosome.server.keys.door import is_loopback
