@@ -8,8 +8,9 @@ import pytest
 from typer.testing import CliRunner
 
 from pyrosome import cli
-from pyrosome.cli.terminal import BAD_INPUT
+from pyrosome.cli.terminal import BAD_INPUT, INTERRUPTED
 from pyrosome.errors import PyrosomeError
+from pyrosome.verify.finding import Finding
 from pyrosome.verify.run import CHECKS
 from tests.checkpoint.files import SHARD, copied
 from tests.cli.sessions import REAL, at_terminal, ended, seen
@@ -63,6 +64,20 @@ def test_one_json_object_and_nothing_else(tmp_path):
     told = json.loads(out)
     assert status == 0 and told["ok"] and [c["check"] for c in told["checks"]] == ["files"]
     assert told["asked"]["seed"] == 7 and told["asked"]["quick"] is True
+
+
+def test_ctrl_c_ends_it_with_130_and_the_receipt_holds_what_was_found(tmp_path, monkeypatch):
+    def interrupted(wanted):
+        yield Finding("dialect", "tokenizer", True, "there")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pyrosome.verify.dialect.check", interrupted)
+    status, out, _ = verify(NANO, "--only", "files,dialect,scales", "--receipt", tmp_path)
+    assert status == INTERRUPTED and out.splitlines()[-1].startswith("interrupted: 10 held")
+    receipt = json.loads((tmp_path / "receipt.json").read_text())
+    assert receipt["interrupted"] and not receipt["ok"]
+    assert [len(c["findings"]) for c in receipt["checks"]] == [9, 1, 0]
+    assert "Interrupted: not everything" in (tmp_path / "receipt.html").read_text()
 
 
 @pytest.mark.parametrize(

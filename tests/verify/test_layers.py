@@ -255,6 +255,12 @@ def test_no_more_than_one_part_is_in_memory_at_a_time(sound):
     assert max(sound.bytes) < layers.open_checkpoint(NANO).nbytes / 2.5
 
 
+def test_a_draft_head_that_does_not_run_here_is_left_out(tmp_path, only):
+    only()
+    findings = found(copied(tmp_path, "golden_dspark/fp8fp4"))
+    assert [f.ok for f in findings if f.what == "draft stage"] == [None]
+
+
 def test_where_a_layer_does_not_fit_it_is_left_out_with_its_bytes(only, monkeypatch):
     only(0, 1)
     monkeypatch.setattr(layers, "free_memory", lambda: 1000)

@@ -11,7 +11,7 @@ import typer
 
 from pyrosome.cli import machine
 from pyrosome.cli.first_contact import MODEL_HELP
-from pyrosome.cli.terminal import CHECK_FAILED, Screen, can_style, printable
+from pyrosome.cli.terminal import CHECK_FAILED, INTERRUPTED, Screen, can_style, printable
 from pyrosome.errors import RequestError
 from pyrosome.hub.offline import go_offline
 
@@ -48,7 +48,7 @@ def verify(
 ) -> None:
     """Check the files, values, tokenizer and computation of a model, and write a receipt.
 
-    Exit status 1 where something is wrong.
+    Exit status 1 where something is wrong.  Ctrl-C ends it, and the receipt holds what was found until then.
     """
     from pyrosome.verify import receipt as receipts
     from pyrosome.verify.finding import Wanted
@@ -66,9 +66,12 @@ def verify(
         model, quick, seed, numerics, logprobs, checksums, tokenizer, device, None if as_json else _progress(screen)
     )
     record = receipts.Record(wanted, names)
-    for finding in record.watched(run(wanted, names)):
-        if not as_json:
-            _print(finding, screen)
+    try:
+        for finding in record.watched(run(wanted, names)):
+            if not as_json:
+                _print(finding, screen)
+    except KeyboardInterrupt:  # hours may have gone by: what was found is kept
+        record.interrupted = True
     told = record.as_dict(_about(wanted))
     if receipt is not None:
         paths = receipts.write(receipt, told)
@@ -78,7 +81,7 @@ def verify(
     else:
         _conclude(record, screen)
     if not record.ok:
-        raise typer.Exit(CHECK_FAILED)
+        raise typer.Exit(INTERRUPTED if record.interrupted else CHECK_FAILED)
 
 
 def _names(text: str) -> list[str]:
@@ -164,7 +167,7 @@ def _conclude(record: Record, screen: Screen) -> None:
     n = record.counts
     said = "all is well" if record.ok else "something is wrong: see FAIL above"
     if not record.ok and not n["failed"]:
-        said = "nothing could be looked at"
+        said = "interrupted" if record.interrupted else "nothing could be looked at"
     more = f", {n['warned']} to look at" if n["warned"] else ""
     screen.out.write(f"\n{said}: {n['well']} held, {n['failed']} failed, {n['left_out']} left out{more}\n")
     screen.out.flush()

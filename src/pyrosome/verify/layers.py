@@ -101,6 +101,8 @@ class _Comparison:
                 if part.layer >= 0:
                     streams[numerics.name] = meant_TX
             self.wanted.tell(done + 1, len(parts), part.name)
+        if self.index.has_drafts and self.index.config.dspark:
+            yield Finding("layers", "draft stage", None, "left out: this version does not run DSpark heads")
         yield self._summary()
 
     def _meant(self, part: Part, streams_TJD: Tensor, numerics: Numerics) -> tuple[Tensor, Choices]:

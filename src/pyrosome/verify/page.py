@@ -94,8 +94,9 @@ def page(receipt: dict[str, Any]) -> str:
 def _verdict(receipt: dict[str, Any]) -> str:
     n = receipt["counts"]
     state = "fail" if n["failed"] or not receipt["ok"] else "look" if n["warned"] else "ok"
+    nothing = "Interrupted: not everything was looked at" if receipt["interrupted"] else "Nothing could be looked at"
     said = {
-        "fail": "Something is wrong" if n["failed"] else "Nothing could be looked at",
+        "fail": "Something is wrong" if n["failed"] else nothing,
         "look": "Nothing failed; some findings deserve a look",
         "ok": "All is well",
     }[state]

@@ -30,6 +30,7 @@ class Record:
     def __init__(self, wanted: Wanted, checks: Iterable[str]) -> None:
         self.wanted, self.checks = wanted, list(checks)
         self.findings: list[Finding] = []
+        self.interrupted = False
         self.seconds: dict[str, float] = {}
         self.began = datetime.datetime.now(datetime.UTC)
         self._start = time.perf_counter()
@@ -51,8 +52,8 @@ class Record:
 
     @property
     def ok(self) -> bool:
-        """Nothing failed, and something was looked at."""
-        return not self.counts["failed"] and self.counts["well"] > 0
+        """Everything was looked at, nothing failed, and something held."""
+        return not self.interrupted and not self.counts["failed"] and self.counts["well"] > 0
 
     def as_dict(self, about: dict[str, Any]) -> dict[str, Any]:
         """Everything, as plain data that JSON can hold.
@@ -65,6 +66,7 @@ class Record:
             {
                 "schema": SCHEMA,
                 "ok": self.ok,
+                "interrupted": self.interrupted,
                 "counts": self.counts,
                 "began": self.began.isoformat(timespec="seconds"),
                 "seconds": round(time.perf_counter() - self._start, 3),
