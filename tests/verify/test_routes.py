@@ -155,6 +155,11 @@ def test_experts_that_are_not_quantised_are_not_mapped_and_wrong_ones_are_found(
     path = random_checkpoint(tmp_path / "tiny", tiny((0, 4, 128)), 0, "bf16")
     (only,) = routes.check(Wanted(str(path), quick=True))
     assert only.ok is None and "only quantised experts" in only.detail
+    subject.subject(NANO)
+    with monkeypatch.context() as patch:
+        patch.setattr(routes, "free_memory", lambda: 1000)
+        (only,) = routes.check(NANO)
+    assert only.ok is None and "bytes, and 1,000 are free" in only.detail
     load = load_model
 
     def swapped(*given, **named):

@@ -67,7 +67,7 @@ class Bounds:
     source: str
 
 
-# Of the built-in model: what 12 texts of 1,024 tokens showed, doubled (docs/verify-checks.md has the figures).
+# Of the built-in model: what 12 texts of 1,020 tokens showed, doubled (docs/verify-checks.md has the figures).
 BUILTIN_BOUNDS = Bounds(0.03, 0.4, 0.98, "measured on this model, doubled")
 # Of others, assumed: weights trained with these roundings stay far within, and rows in disorder do not.
 BOUNDS = Bounds(0.1, 1.0, 0.95, "assumed for weights that were trained with these roundings")
@@ -142,7 +142,7 @@ def texts_for(subject: Subject, wanted: Wanted) -> list[list[int]]:
     """Ids to predict, by `wanted.seed`; fewer and shorter ones where it is to be quick."""
     rng = random.Random(f"kvformat/{wanted.seed}")
     if subject.is_builtin:
-        return texts(subject, rng, *((6, 512) if wanted.quick else (12, 1024)))
+        return texts(subject, rng, *((6, 510) if wanted.quick else (12, 1020)))
     return texts(subject, rng, *((2, 700) if wanted.quick else (3, 3000)))
 
 

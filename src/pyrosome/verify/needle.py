@@ -32,7 +32,7 @@ FLOOR = 0.90
 FLOOR_OFFICIAL = 0.75
 TOO_LOW = 0.2  # with recall below, a length that does worse cannot be told from the others
 BUCKET = 16  # remainders by 128 that are counted together
-BORDER = 2  # tokens on either side of a block's border
+BORDER = 2  # tokens on either side of a block's border that are near it
 _ANSWER = 16  # tokens
 # (tokens of a prompt, about; questions), quick and not
 _BUILTIN = {True: ((256, 128),), False: ((256, 256), (1024, 256))}
@@ -194,7 +194,7 @@ def _length_mod128(a: Answered) -> str:
 
 def _border(a: Answered) -> str:
     beside = (a.tokens + BORDER) % BLOCK_TOKENS <= 2 * BORDER
-    return f"the end is within {BORDER} tokens of a block's border" if beside else "it is further away"
+    return "a block's border is near" if beside else "a block's border is far"
 
 
 def _fact_mod4(a: Answered) -> str:

@@ -23,7 +23,7 @@ from pyrosome.engine.loaded import LoadedModel, load_model
 from pyrosome.errors import DoesNotFit, PyrosomeError, UnsupportedFormat
 from pyrosome.ops import native
 from pyrosome.verify.finding import Finding, Wanted
-from pyrosome.verify.subject import Subject, asked, why_no_bits
+from pyrosome.verify.subject import Subject, asked, free_memory, why_no_bits
 from pyrosome.verify.texts import texts
 from pyrosome.verify.watched import TOLERANCE, Said, Watched, compare, greedy, in_spans, request
 
@@ -346,6 +346,9 @@ def _drafted(bench: Bench, drafter: str) -> Iterator[Said]:
 def mapped(bench: Bench) -> Iterator[Said]:
     """Prompts computed with routed experts read in the checkpoint's files."""
     m = bench.model
+    needed, free = sum(t.nbytes for n, t in m.index.tensors.items() if ".ffn.experts." not in n), free_memory()
+    if free and needed > free:
+        raise NothingTried(f"a second copy of all but the experts takes {needed:,} bytes, and {free:,} are free")
     other = load_model(bench.source, numerics=m.numerics, kv_format=m.kv_format, experts="mapped")
     for ids in bench.prompts[:: 3 if bench.quick else 1]:
         tokens = bench.plain(ids).tokens
