@@ -40,10 +40,12 @@ def doctor(
         open_checkpoint(model)  # a wrong path is said at once, before torch is loaded
     report = survey(model)
     report["speeds"] = measured(model, report) if speeds else {}
-    report["self_test"] = _self_test(model, screen) if self_test else []
+    report["advice"] = _advice(model, report)
+    way = experts_for(model, report) if self_test else ""
+    report["self_test"] = _self_test(model, way, screen) if way else []
+    report["not_tested"] = _left_out(report) if self_test and not way else ""
     report["ops"] = choices()
     report["warnings"] = warnings(report)
-    report["advice"] = _advice(model, report)
     report["ok"] = all(f["ok"] for f in report["self_test"]) and not any(o["error"] for o in report["ops"])
     if as_json:
         typer.echo(json.dumps(report, ensure_ascii=False))
@@ -63,7 +65,7 @@ def survey(model: str) -> dict[str, Any]:
             "torch": accelerators.torch_build(),
             "links": accelerators.links(),
         },
-        "disk": machine.disk(Path.cwd() if model == BUILTIN else Path(model).expanduser()),
+        "disk": machine.disk(Path.cwd() if model == BUILTIN else place_of(model)),
         "versions": machine.versions(),
         "extras": machine.extras(),
         "model": model,
@@ -99,11 +101,12 @@ def short() -> list[str]:
         calibration = calibrated(this_machine(Measured(0, 0)))["text"]
     except PyrosomeError:  # a machine that is not planned for
         calibration = ""
-    lines = [f"Kernels: {report['native']['level'] or 'none'}.{f' It is {calibration}.' if calibration else ''}"]
+    about = f"; this machine is {calibration}" if calibration else ""
+    lines = [f"Native kernels: {report['native']['level'] or 'none'}{about}."]
     found = [f"{w['about']}: {w['text']}" for w in warnings(report, AT_START)]
     lines += [f"Warning: {text}." for text in found[:MOST_WARNINGS]]
-    if more := len(found) - MOST_WARNINGS:
-        lines[-1] += f" {more} more: `pyrosome doctor`." if more > 0 else ""
+    if len(found) > MOST_WARNINGS:
+        lines[-1] += f" {len(found) - MOST_WARNINGS} more: `pyrosome doctor`."
     return lines
 
 
@@ -131,17 +134,46 @@ def measured(model: str, report: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def largest_file(model: str) -> Path | None:
-    """The largest shard of a checkpoint; None where there is none."""
+def place_of(model: str) -> Path:
+    """Where a checkpoint is, or what was named where there is none."""
     from pyrosome.checkpoint.index import locate
     from pyrosome.errors import CheckpointError
 
     try:
-        place = Path(locate(model))
+        return locate(model)
+    except (CheckpointError, OSError):
+        return Path(model).expanduser()
+
+
+def largest_file(model: str) -> Path | None:
+    """The largest shard of a checkpoint; None where there is none."""
+    place = place_of(model)
+    try:
         shards = [place] if place.is_file() else list(place.glob("*.safetensors"))
         return max(shards, key=lambda p: p.stat().st_size, default=None)
-    except (CheckpointError, OSError):
+    except OSError:
         return None
+
+
+def experts_for(model: str, report: dict[str, Any]) -> str:
+    """Where the self-test's routed experts are to be: "resident", "mapped", or "" where memory holds neither."""
+    plan = _plan_of(report)
+    if model == BUILTIN or plan is None:
+        return "resident"
+    if not plan["fits"]:
+        return ""
+    return "mapped" if 0 < plan["free_bytes"] < plan["stored_bytes"] else str(plan["experts"])
+
+
+def _plan_of(report: dict[str, Any]) -> dict[str, Any] | None:
+    """The plan of the model that was named, on the processor; None where there is none."""
+    named = [p for p in report["advice"]["plans"] if p["model"] == report["model"] and p.get("kind") == "cpu"]
+    return named[0] if named else None
+
+
+def _left_out(report: dict[str, Any]) -> str:
+    plan = _plan_of(report)
+    return plan["text"] if plan else ""
 
 
 def _advice(model: str, report: dict[str, Any]) -> dict[str, Any]:
@@ -157,15 +189,15 @@ def _advice(model: str, report: dict[str, Any]) -> dict[str, Any]:
         cores=read["cores"] if read["all_cores"] >= read["one_core"] else 1,
         drive_read=next((rate for rate in drives if rate), 0.0),
     )  # fmt: skip
-    return advise([FLASH] if model == BUILTIN else [FLASH, model], found)
+    return advise(list(dict.fromkeys([FLASH] if model == BUILTIN else [FLASH, model])), found)
 
 
-def _self_test(model: str, screen: Screen) -> list[dict[str, Any]]:
+def _self_test(model: str, experts: str, screen: Screen) -> list[dict[str, Any]]:
     from pyrosome.cli.self_test import self_test
     from pyrosome.llm import load_model
 
     with loading(screen) as progress:
-        loaded = load_model(model, numerics="exact", progress=progress)
+        loaded = load_model(model, numerics="exact", experts=experts, progress=progress)
     try:
         return self_test(loaded, model)
     except (KernelUnavailable, RuntimeError) as error:  # a kernel that cannot run here, or one that failed

@@ -27,10 +27,7 @@ def show(report: Report, screen: Screen) -> None:
     for title, lines in sections.items():
         _section(out, title, lines(report))
     _ops(report, out)
-    if report["self_test"]:
-        heading(out, f"self-test of {report['model']}")
-        for f in report["self_test"]:
-            out.print(printable(f"{'ok  ' if f['ok'] else 'FAIL'}  {f['check']}: {f['prompt']!r}: {f['detail']}"))
+    _section(out, f"self-test of {report['model']}", _tested(report))
     _section(out, "warnings", _warnings(report))
     _section(out, "what this machine can hold", _advice(report))
     heading(out, _verdict(report))
@@ -49,7 +46,8 @@ def _verdict(report: Report) -> str:
     if not report["ok"]:
         return "something is wrong: see FAIL above"
     n = len(report["warnings"])
-    return "all is well" + (f", with {n} warning{'s' * (n != 1)}" if n else "")
+    well = "nothing wrong was found, and the model was not tested" if report["not_tested"] else "all is well"
+    return well + (f", with {n} warning{'s' * (n != 1)}" if n else "")
 
 
 def _machine(report: Report) -> Iterator[str]:
@@ -173,6 +171,13 @@ def _why(op: dict[str, Any]) -> str:
     if len(op["versions"]) == 1:
         return "the definition is the only version"
     return f"asked for by {env.OPS.name}" if op["chosen"] == "torch" else "the first that applies"
+
+
+def _tested(report: Report) -> Iterator[str]:
+    for f in report["self_test"]:
+        yield f"{'ok  ' if f['ok'] else 'FAIL'}  {f['check']}: {f['prompt']!r}: {f['detail']}"
+    if report["not_tested"]:
+        yield f"left out, since memory does not hold the model: {report['not_tested']}"
 
 
 def _warnings(report: Report) -> Iterator[str]:
