@@ -24,7 +24,7 @@ from pyrosome.verify import layers
 from pyrosome.verify.beside import Tally, beside, difference, expert_gaps, row_gaps
 from pyrosome.verify.finding import Wanted
 from pyrosome.verify.passage import Passage
-from tests.checkpoint.files import copied, rewrite
+from tests.checkpoint.files import SHARD, copied, read_entries, rewrite
 
 needs_kernels = pytest.mark.skipif(not native.available(), reason="there are no native kernels here")
 NANO = "builtin:nano"
@@ -259,6 +259,17 @@ def test_a_draft_head_that_does_not_run_here_is_left_out(tmp_path, only):
     only()
     findings = found(copied(tmp_path, "golden_dspark/fp8fp4"))
     assert [f.ok for f in findings if f.what == "draft stage"] == [None]
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_weights_that_are_no_numbers_are_named_by_the_first_layer_that_has_them(quick, tmp_path):
+    path = copied(tmp_path)
+    dtype, shape, data = read_entries(path / SHARD)["layers.1.attn.kv_norm.weight"]
+    rewrite(path, {"layers.1.attn.kv_norm.weight": (dtype, shape, b"\xff\xff" + data[2:])})
+    findings = found(path, quick=quick)
+    assert failed(findings)[0] == "layer 1, exact" and findings[-1].ok is False
+    after = {f.what.split(" (")[0] for f in findings if f.ok}
+    assert "layer 0" in after and ("layer 2" in after) is quick
 
 
 def test_where_a_layer_does_not_fit_it_is_left_out_with_its_bytes(only, monkeypatch):

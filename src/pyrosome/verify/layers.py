@@ -91,13 +91,18 @@ class _Comparison:
             for numerics in (EXACT, TRAINED):
                 before = embedded if self.wanted.quick else streams[numerics.name]
                 meant_TX, choices = self._meant(part, before, numerics)
+                if not bool(meant_TX.isfinite().all()):
+                    self.failed += 1
+                    said = "the definitions give values that are no numbers, so its weights, or those before, hold such"
+                    yield Finding("layers", f"{part.name}, {numerics.name}", False, said)
+                    if self.wanted.quick:
+                        continue
+                    yield Finding("layers", "what follows", None, "left out: it would start from no numbers")
+                    yield self._summary()
+                    return
                 for finding in self._compared(part, before, numerics, meant_TX, choices):
                     self.failed += finding.ok is False
                     yield finding
-                if not bool(meant_TX.isfinite().all()):
-                    said = "the definitions give values that are no numbers; what follows is left out"
-                    yield Finding("layers", f"{part.name}, {numerics.name}", False, said)
-                    return
                 if part.layer >= 0:
                     streams[numerics.name] = meant_TX
             self.wanted.tell(done + 1, len(parts), part.name)
