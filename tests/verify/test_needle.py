@@ -168,6 +168,9 @@ def test_a_model_that_answers_nothing_is_not_judged(monkeypatch):
     found = list(needle.check(Wanted(str(checkpoint()), quick=True)))
     assert found[0].ok is None and "nothing is known" in found[0].detail
     assert all(f.ok is None for f in found[1:])
+    monkeypatch.setattr(subject, "OFFICIAL_VOCABULARY", 1280)
+    first = next(needle.check(Wanted(str(checkpoint()), quick=True)))
+    assert first.ok is False and f"at least {needle.FLOOR_OFFICIAL} is asked" in first.detail
 
 
 def test_what_cannot_be_asked_is_left_out_with_a_reason(tmp_path):
