@@ -10,10 +10,14 @@ from pyrosome.verify.plots import MAX_SERIES, drawn, shown
 MAX_PLOTS = 40
 _STATES = {"ok": "ok", "look": "look", "fail": "FAIL", "none": "left out"}
 
-_STYLE = """
-:root { color-scheme: light dark; --ink: #1b1f24; --soft: #57606a; --paper: #ffffff; --card: #f6f8fa; --line: #d8dee4;
+_LIGHT = """--ink: #1b1f24; --soft: #57606a; --paper: #ffffff; --card: #f6f8fa; --line: #d8dee4;
  --ok: #1a7f37; --look: #9a6700; --fail: #cf222e; --s0: #0969da; --s1: #bc4c00; --s2: #8250df; --s3: #1a7f37;
- --s4: #bf3989; --s5: #57606a; }
+ --s4: #bf3989; --s5: #57606a;"""
+_STYLE = (
+    ":root { color-scheme: light dark; "
+    + _LIGHT
+    + " }"
+    + """
 @media (prefers-color-scheme: dark) { :root { --ink: #e6edf3; --soft: #9198a1; --paper: #0d1117; --card: #161b22;
  --line: #30363d; --ok: #3fb950; --look: #d29922; --fail: #f85149; --s0: #58a6ff; --s1: #f0883e; --s2: #bc8cff;
  --s3: #3fb950; --s4: #f778ba; --s5: #9198a1; } }
@@ -57,13 +61,15 @@ svg text.bound { fill: var(--fail); stroke: none; }
 .legend { font-size: 12.5px; margin-top: 4px; }
 .key { margin-right: 14px; } .key::before { content: ""; display: inline-block; width: 10px; height: 10px;
  border-radius: 2px; margin-right: 5px; background: var(--c); }
-@media print { :root { color-scheme: light; } body { max-width: none; padding: 0; font-size: 11px; }
+@media print { :root { color-scheme: light; PAPER } body { max-width: none; padding: 0; font-size: 11px; }
  details > *:not(summary) { display: revert; } details::details-content { content-visibility: visible; height: auto; }
  tr { break-inside: avoid; } }
-""" + "".join(
-    f".s{i} {{ fill: var(--s{i}); --c: var(--s{i}); }}\n"
-    f".l{i} {{ stroke: var(--s{i}); fill: none; stroke-width: 1.8; }}\n"
-    for i in range(MAX_SERIES)
+""".replace("PAPER", _LIGHT)
+    + "".join(
+        f".s{i} {{ fill: var(--s{i}); --c: var(--s{i}); }}\n"
+        f".l{i} {{ stroke: var(--s{i}); fill: none; stroke-width: 1.8; }}\n"
+        for i in range(MAX_SERIES)
+    )
 )
 
 
