@@ -57,6 +57,7 @@ def test_memory_that_holds_the_experts_is_told_with_what_to_expect():
     assert 0 < low < high and f"-{high:.0f} tok/s of one session at 131,072 tokens" in plan["text"]
     assert "65% of the maker's bandwidth" in plan["text"]
     assert "1,048,576 tokens, all that it has positions for, with rows in fp8" in plan["text"]
+    assert plan["sessions"] > 100 and f"room for {plan['sessions']:,} sessions of 131,072 tokens" in plan["text"]
     assert "lack" not in plan["text"] and "end what else runs" not in plan["text"]
 
 
@@ -155,6 +156,18 @@ def test_a_machine_with_gpus_is_told_of_its_processor_and_of_them():
     assert "2 x " in on_gpus["text"] and "it fits by " in on_gpus["text"] and "tok/s" in on_gpus["text"]
     assert on_gpus["max_context"] == 1_048_576 and "run on the processor" in on_gpus["text"]
     assert "run on the processor" not in on_cpu["text"]
+
+
+def test_rows_in_host_memory_that_give_a_longer_context_are_told():
+    def plan(ram):
+        here = dataclasses.replace(planned("h200:1", ram=ram), is_here=True)
+        here = dataclasses.replace(here, device=dataclasses.replace(here.device, memory_bytes=154 * GIB))
+        return told(here)
+
+    rich, bare = plan("512G"), plan(None)
+    assert rich["fits"] and rich["max_context"] < rich["csa_host_context"] <= 1_048_576
+    assert f"{rich['csa_host_context']:,} with CSA rows in host memory" in rich["text"]
+    assert bare["fits"] and bare["csa_host_context"] == 0 and "host memory" not in bare["text"]
 
 
 def test_a_gpu_that_is_too_small_is_told_the_smallest_change():

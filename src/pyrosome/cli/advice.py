@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pyrosome.plan.calibration import Calibration
     from pyrosome.plan.hardware import Machine
     from pyrosome.plan.inventory import Model
+    from pyrosome.plan.layout import Layout
     from pyrosome.plan.plan import Asked, Plan
 
 FLASH = "flash"
@@ -155,7 +156,7 @@ def _on(model: Model, machine: Machine, room: int, measured: Measured, is_calibr
         "context": context, "positions": model.config.max_position_embeddings, "kv_format": asked.kv_format,
         "drive_bytes": room, "stored_bytes": model.stored_bytes, "free_bytes": measured.free_bytes,
         "speed": dataclasses.asdict(plan.speed) if plan.speed else None,
-        "basis": basis, "lacks": plan.why_not, "change": plan.change,
+        "basis": basis, "sessions": plan.sessions.decoding, "lacks": plan.why_not, "change": plan.change,
         "why_not": "", **_sizes(asked, plan),
     }  # fmt: skip
     return found | {"text": _on_processor(found) if is_cpu else _on_devices(found)}
@@ -176,13 +177,26 @@ def _sizes(asked: Asked, plan: Plan) -> dict[str, Any]:
     if machine.device.kind != "cpu":
         longest = longest_context(asked, layout, place_experts(asked, layout)) if plan.fits else 0
         has = machine.count * machine.device.memory_bytes
-        return {"memory_bytes": has, "needed_bytes": needed(held), "mapped_bytes": 0, "max_context": longest}
+        found = {"memory_bytes": has, "needed_bytes": needed(held), "mapped_bytes": 0, "max_context": longest}
+        return found | {"csa_host_context": _with_rows_on_host(asked, layout, longest) if plan.fits else 0}
     way = files if plan.options["experts"] == "mapped" else held
     longest = longest_context(asked, layout, way) if plan.fits else 0
     return {
         "memory_bytes": machine.ram_bytes, "needed_bytes": needed(held), "mapped_bytes": needed(files),
-        "max_context": longest,
+        "max_context": longest, "csa_host_context": 0,
     }  # fmt: skip
+
+
+def _with_rows_on_host(asked: Asked, layout: Layout, longest: int) -> int:
+    """The longest context with CSA rows in host memory, where that is longer; 0: it is not."""
+    from pyrosome.plan.fitting import longest_context, place_experts
+
+    machine = asked.machine
+    if machine.device.kind != "gpu" or not machine.ram_bytes or longest >= asked.model.config.max_position_embeddings:
+        return 0
+    changed = dataclasses.replace(asked, csa_host=True)
+    found = longest_context(changed, layout, place_experts(changed, layout))
+    return found if found > longest else 0
 
 
 def _as_measured(machine: Machine, measured: Measured) -> tuple[Machine, str]:
@@ -236,6 +250,8 @@ def _rates(p: dict[str, Any]) -> list[str]:
         f"expect {each} tok/s of one session at {p['context']:,} tokens, and {prompt} tok/s of prompt ({p['basis']}; "
         f"limit: {speed['limit']})",
         f"the longest context is {context} with rows in {p['kv_format']}",
+        *([f"{p['csa_host_context']:,} with CSA rows in host memory"] if p["csa_host_context"] else []),
+        f"there is room for {p['sessions']:,} session{'s' * (p['sessions'] != 1)} of {p['context']:,} tokens",
     ]
 
 
