@@ -50,7 +50,8 @@ def show_plan(screen: Screen, asked: Asked, plans: Sequence[Plan], longest: int)
 
 def _say(out: Console, text: str, indent: str = "") -> None:
     """A paragraph, broken at blanks."""
-    out.print(textwrap.fill(printable(text), WIDTH, subsequent_indent=indent, break_on_hyphens=False))
+    width = min(WIDTH, out.width)
+    out.print(textwrap.fill(printable(text), width, subsequent_indent=indent, break_on_hyphens=False))
 
 
 def machine_title(asked: Asked) -> str:
