@@ -11,6 +11,7 @@ where the two do not say the same when nothing is rounded (numerics "exact").
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import operator
 import os
@@ -23,6 +24,8 @@ from typing import Any
 
 from bench import measure, peers, records
 from pyrosome.checkpoint.index import open_checkpoint
+from pyrosome.plan.inventory import Model
+from pyrosome.plan.work import Load
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -77,6 +80,16 @@ def against(
     }  # fmt: skip
 
 
+def predicted(checkpoint: Path, rates: dict[str, float], num_tokens: int) -> list[dict[str, Any]]:
+    """Output tokens per second, prompts included, beside those that the planner predicts."""
+    beside = records.Predictions("engine", dataclasses.replace(Model.open(str(checkpoint)), num_stages=0))
+    for n, rate in rates.items():
+        seconds = beside.seconds(Load(int(n), LENGTH, 0))
+        seconds += num_tokens * beside.seconds(Load(int(n), 1, LENGTH + num_tokens // 2))  # the mean context
+        beside.rate("requests", f"{n} at once", int(n) * num_tokens / seconds, rate)
+    return beside.lines
+
+
 def main() -> int:
     """Measure, print, and keep a record; the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -98,6 +111,8 @@ def main() -> int:
             print(f"{name}: output tokens per CPU second, and times one at a time")
             for n, rate in found["tokens_per_cpu_s"].items():
                 print(f"{int(n):6d} at once {rate:10,.1f} {found['times_one'][n]:8.2f}")
+            if drafter == "off" and not args.quick:
+                found["predicted"] = predicted(checkpoint, found["tokens_per_cpu_s"], num_tokens)
             if drafter != "off":
                 print(f"{sum(found['accepted']):6d} of {sum(found['drafted'])} drafts accepted")
         if not args.no_hf:

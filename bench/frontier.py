@@ -31,6 +31,8 @@ from pyrosome.model.build import Network
 from pyrosome.model.build import fill as fill_weights
 from pyrosome.model.numerics import TRAINED
 from pyrosome.ops import workspace
+from pyrosome.plan.inventory import Model
+from pyrosome.plan.work import Load
 from pyrosome.testing.checkpoints import random_tensors
 from pyrosome.testing.filled import RandomRows, fill
 
@@ -166,6 +168,16 @@ def problems(prefill: dict[str, Any], points: list[dict[str, Any]], memory: dict
     return found
 
 
+def predicted(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rates of decoding, and of the prompt's last chunk, beside those that the planner predicts."""
+    beside, prompt = records.Predictions("frontier", Model.of(narrow(), 0)), record["prefill"]
+    for point in record["decode"]:
+        beside.step(Load(1, 1, point["context"], KV_FORMAT), point["rate_cpu"])
+    chunk = prompt["chunk"]
+    beside.step(Load(1, chunk, prompt["tokens"] - chunk, KV_FORMAT), chunk / prompt["chunks"]["cpu_s"][-1])
+    return beside.lines
+
+
 def run(points: list[int], prefill: int, chunk: int, repeats: int) -> dict[str, Any]:
     """All measurements, printed as they come; the record to keep."""
     torch.set_num_threads(1)
@@ -214,6 +226,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--points {points[0]}: bytes per token are a slope and need two different contexts")
     where = records.machine()
     record = run(points, prefill, usual["chunk"], usual["repeats"])
+    if not args.quick:
+        record["predicted"] = predicted(record)
     for problem in record["problems"]:
         print(f"FAILED {problem}", file=sys.stderr)
     if not args.no_save and not args.quick:

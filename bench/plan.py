@@ -32,7 +32,7 @@ MOST_ERROR = 0.25
 SECONDS = 90.0  # for the rounds over the networks here, with making them
 
 CONTEXTS = (4096, 65536, 262144)
-PROMPTS = ((256, 0), (768, 0), (192, 32768), (128, 131072))  # (tokens, over so many)
+PROMPTS = ((256, 0), (768, 0), (192, 24576), (128, 196608))  # (tokens, over so many)
 LOADS = (*(Load(1, 1, context) for context in CONTEXTS), *(Load(1, tokens, over) for tokens, over in PROMPTS))
 SHAPES = (
     Shape("3,072 wide", 3072, 1536, 48, 768, 8, 512, 32, 12, 4, (0, 4, 128), loads=LOADS),

@@ -11,6 +11,13 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from pyrosome.plan import history
+from pyrosome.plan.hardware import machine as planned_machine
+from pyrosome.plan.inventory import Model
+from pyrosome.plan.layout import Layout, Placement
+from pyrosome.plan.speed import coefficients_for, step_time
+from pyrosome.plan.work import Load
+
 HERE = Path(__file__).parent
 SMALL_MB = 1.0  # below this, a peak is the sampling's own noise and a ratio of two says nothing
 
@@ -61,6 +68,34 @@ def machine() -> dict[str, Any]:
         "threads": 1,
         "python": platform.python_version(),
     }
+
+
+class Predictions:
+    """Rates measured by a benchmark beside those the planner predicts for this machine, kept in its history."""
+
+    def __init__(self, bench: str, model: Model) -> None:
+        self.bench, self.model, self.here = bench, model, planned_machine("here")
+        self.coefficients = coefficients_for(self.here)
+        self.lines: list[dict[str, Any]] = []
+        print(f"\n{bench}: predicted beside measured, tok/s ({self.coefficients.source})")
+
+    def seconds(self, load: Load) -> float:
+        """Of one step."""
+        return step_time(self.model, self.here, Layout.of("tp", 1), Placement(), load, self.coefficients).seconds
+
+    def step(self, load: Load, measured: float) -> None:
+        """Tokens per second of steps of one load."""
+        tokens = load.sequences * load.tokens
+        about = f"{load.sequences} x {load.tokens:,} at {load.context:,}"
+        self.rate("decode" if load.tokens == 1 else "prefill", about, tokens / self.seconds(load), measured)
+
+    def rate(self, kind: str, about: str, predicted: float, measured: float) -> None:
+        """Print and keep one pair of rates."""
+        low, high = self.coefficients.band
+        history.keep(f"bench.{self.bench}, {kind}, tok/s", predicted, measured, self.here.device.title)
+        print(f"  {kind} {about}: {predicted:,.1f} ({predicted / high:,.1f} to {predicted / low:,.1f}), "
+              f"{measured:,.1f} measured, off by {predicted / measured - 1:+.0%}")  # fmt: skip
+        self.lines.append({"kind": kind, "about": about, "predicted": predicted, "measured": measured})
 
 
 def append(path: Path, record: dict[str, Any]) -> None:

@@ -34,7 +34,10 @@ from pyrosome.chat import Tokenizer
 from pyrosome.checkpoint.index import open_checkpoint
 from pyrosome.engine.aio import AsyncEngine, EngineProcess
 from pyrosome.engine.request import Request, TokenEvent
+from pyrosome.engine.stats import Stats
+from pyrosome.measure.served import told_after
 from pyrosome.options import SamplingParams
+from pyrosome.plan.inventory import Model
 from pyrosome.server.memory import REST_S
 
 RESULTS = Path(__file__).parent / "results"
@@ -90,6 +93,7 @@ async def load(
         "seconds": seconds, "clients": clients, "model": model, "counts": dict(sorted(tally.counts.items())),
         "answers": sum(tally.counts.values()), "wrong": tally.wrong[:20], "num_wrong": len(tally.wrong),
         "first_byte_s": first_byte, "ended": last.get("ended_by_reason"), "output_tokens": last.get("output_tokens"),
+        "sums": {name: last.get(name, {}) for name in ("decode_sums", "prompt_sums")},
         "memory_mib": {"before": base, "during": memory[:-1], "after": memory[-1]},
     }  # fmt: skip
 
@@ -238,6 +242,8 @@ def main() -> int:
     if not args.no_overhead:
         record["overhead"] = asyncio.run(overhead(args.model))
     print(json.dumps(record, indent=1))
+    stats = Stats(**record["load_test"]["sums"])
+    print("\n".join(told_after(stats, Model.open(args.model), "fp8")))
     if not args.no_save:
         records.append(args.out, record)
     return 1 if record["load_test"]["wrong"] else 0

@@ -34,6 +34,8 @@ from pyrosome.model.build import fill as fill_weights
 from pyrosome.model.layers import Weight
 from pyrosome.model.numerics import TRAINED
 from pyrosome.ops import native
+from pyrosome.plan.inventory import Model
+from pyrosome.plan.work import Load
 from pyrosome.quant import QuantTensor
 from pyrosome.testing.checkpoints import random_tensors
 from pyrosome.testing.filled import RandomRows, fill
@@ -216,6 +218,16 @@ def compared(model: Network, size: Size, threads: int) -> tuple[dict[str, Any], 
     return found, cpu
 
 
+def predicted(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """One thread's rates beside those that the planner predicts."""
+    prompt = record["prefill"]
+    beside = records.Predictions("wide", Model.of(FULL.config, 0))
+    for d in record["decode"]:
+        beside.step(Load(1, 1, d["context"], KV_FORMAT), 1e3 / d["ms"])
+    beside.step(Load(1, prompt["tokens"], 0, KV_FORMAT), 1e3 / prompt["ms"])
+    return beside.lines
+
+
 def checks(record: dict[str, Any]) -> list[tuple[str, float, str, float]]:
     """What is promised: (what, how much was found, whether the limit is the least or the most, the limit)."""
     (near, far), prompt, several = record["decode"], record["prefill"], record["several"]
@@ -327,6 +339,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--threads {args.threads}: this process has {cores} cores")
     where = records.machine()
     record = run(QUICK if args.quick else FULL, args.threads)
+    if not args.quick:
+        record["predicted"] = predicted(record)
     record["checks"] = checks(record)
     record["problems"] = [] if args.quick else problems(record)
     for problem in record["problems"]:

@@ -76,10 +76,12 @@ def test_the_verdict_is_the_exit_status(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(engine, "at_once", at_once)
     monkeypatch.setattr(engine, "against", against)
     monkeypatch.setattr(engine.peers, "make_checkpoints", lambda *about: None)
+    monkeypatch.setattr(engine, "predicted", lambda checkpoint, rates, num_tokens: [{"predicted": rates["16"]}])
     monkeypatch.setattr("sys.argv", ["engine"])
     for *values, status in ((4.1, 10.6, 16, 0), (3.9, 10.6, 16, 1), (4.1, 9.4, 16, 1), (4.1, 10.6, 15, 1)):
         found[:] = values
         assert engine.main() == status
     lines = (tmp_path / "engine.jsonl").read_text().splitlines()
     assert len(lines) == 4 and json.loads(lines[0])["batch of 16"]["ratio"] == 10.6
+    assert json.loads(lines[0])["44M"]["predicted"] == [{"predicted": 9.0}]
     assert "ratio 10.60" in capsys.readouterr().out

@@ -92,7 +92,7 @@ POINTS = (
               placement=IN_RAM),
     Published("EPYC 9V45, 4 bits", 9.7, 9.7, _epyc_9v45(), model=smaller(4.5, 4.5)),
     Published("EPYC 9V45, 4 bits, prompt of 4,096", 70, 70, _epyc_9v45(), model=smaller(4.5, 4.5), prompt=4096),
-    Published("1x H200, experts that do not fit in RAM", 70, 70, machine("h200"), placement=SOME_IN_RAM),
+    Published("1x H200, experts beyond its memory in RAM", 70, 70, machine("h200"), placement=SOME_IN_RAM),
     Published("8x B200, prompt of 1M", 26_700, 26_700, machine("b200:8"), prompt=1 << 20),
     Published("2x DGX Spark, prompt of 900K", 875, 875, machine("gb10:2"), prompt=900_000),
     Published("8x A100, first token of 512K", 74.8, 74.8, machine("a100-80:8"), prompt=512 << 10, unit="s"),

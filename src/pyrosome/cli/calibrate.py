@@ -39,6 +39,8 @@ def calibrate(
     """  # fmt: skip
     from pyrosome.checkpoint.index import open_checkpoint
 
+    if threads < 0:
+        raise RequestError(f"--threads is {threads}; give 1 or more, or leave it out")
     index = open_checkpoint(model) if model else None
 
     import torch
@@ -48,8 +50,6 @@ def calibrate(
 
     screen = Screen()
     place = Path.cwd() if model in (None, BUILTIN) or index is None else Path(index.path)
-    if threads < 0:
-        raise RequestError(f"--threads is {threads}; give 1 or more, or leave it out")
     found, samples = measured(seconds, threads or torch.get_num_threads(), place, screen.notice)
     path = save(found)
     own = _own_steps(model, found, screen) if model else []

@@ -37,25 +37,25 @@ SHAPES = (
     Shape(
         "4,096 wide", 4096, 2048, 64, 1024, 8, 1024, 64, 8, 3, (0, 4, 128),
         loads=(_decode(1, 2048), _decode(1, 32768), _decode(1, 131072), _decode(4, 8192), _prompt(64), _prompt(384),
-               _prompt(128, 65536)),
+               _prompt(128, 98304)),
     ),
     Shape(
         "2,048 wide", 2048, 1024, 32, 512, 4, 512, 32, 16, 6, (0, 4, 128, 4),
-        loads=(_decode(1, 2048), _decode(1, 65536), _decode(8, 4096), _prompt(96), _prompt(512), _prompt(128, 32768)),
+        loads=(_decode(1, 2048), _decode(1, 49152), _decode(8, 6144), _prompt(96), _prompt(512), _prompt(128, 32768)),
     ),
     Shape(
         "1,024 wide", 1024, 512, 16, 512, 4, 256, 16, 16, 4, (0, 4, 16, 4, 128, 4),
         loads=(_decode(1, 2048), _decode(1, 131072), _decode(4, 16384), _prompt(96), _prompt(512),
-               _prompt(128, 65536)),
+               _prompt(128, 98304)),
     ),
     Shape(
         "768 wide", 768, 768, 32, 256, 4, 256, 64, 24, 2, (0, 0, 0, 128, 128, 4, 0, 0, 128), 8192,
         loads=(_decode(1, 1024), _decode(1, 393216), _decode(2, 32768), _prompt(64), _prompt(512),
-               _prompt(128, 65536)),
+               _prompt(128, 98304)),
     ),
     Shape(
         "256 wide", 256, 128, 8, 128, 2, 128, 8, 8, 3, (0, 0, *(4, 128) * 8),
-        loads=(_decode(1, 2048), _decode(1, 65536), _decode(8, 2048), _prompt(64), _prompt(384), _prompt(128, 16384)),
+        loads=(_decode(1, 2048), _decode(1, 49152), _decode(8, 2048), _prompt(64), _prompt(384), _prompt(128, 16384)),
     ),
     Shape(
         "128 wide", 128, 128, 4, 64, 2, 64, 4, 8, 2, (0, 4), 512,
@@ -114,7 +114,7 @@ def _check(seconds: float, threads: int) -> None:
             f"{seconds:g} seconds were asked for; the networks alone take most of {LEAST_SECONDS:g}, and "
             f"{MOST_SECONDS:,g} are the most"
         )
-    free = _available_bytes()
+    free = available_bytes()
     if 0 < free < NEEDED_BYTES:
         raise RequestError(
             f"{free / 2**30:.1f} GiB of memory are available and calibrating takes {NEEDED_BYTES / 2**30:.1f} GiB; end "
@@ -122,7 +122,7 @@ def _check(seconds: float, threads: int) -> None:
         )
 
 
-def _available_bytes() -> int:
+def available_bytes() -> int:
     """Memory that can be had now; 0 where the system does not say."""
     try:
         found = re.search(r"^MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text(encoding="utf-8"), re.MULTILINE)

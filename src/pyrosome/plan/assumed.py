@@ -55,7 +55,7 @@ SHARES: Mapping[str, Shares] = {
     "cpu": Shares(
         read=0.65, rows=0.4,
         compute={"matrices": 0.25, "experts": 0.25, "plain": 0.2, "streams": 0.02, "attention": 0.25, "indexer": 0.4},
-        layer_s=60e-6, token_s=1e-6, step_s=300e-6, link=0.7, hop_s=40e-6, far_hop_s=40e-6, overlaps=True,
+        layer_s=100e-6, token_s=10e-6, step_s=300e-6, link=0.7, hop_s=40e-6, far_hop_s=40e-6, overlaps=True,
         source="assumed for a CPU: 65% of the maker's bandwidth, 20 to 40% of its FLOPs",
     ),
 }  # fmt: skip
