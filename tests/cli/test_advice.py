@@ -65,6 +65,7 @@ def test_memory_that_lacks_room_for_the_experts_is_told_to_map_them():
     plan = told(cpu("64G"))
     assert plan["fits"] and plan["experts"] == "mapped" and plan["mapped_bytes"] < 20 * GIB
     lacking = (plan["needed_bytes"] - 64 * GIB) / GIB
+    assert plan["sessions"] > 10 and plan["max_context"] == 1_048_576  # beside the rest, not beside some experts
     assert f"RAM lacks {lacking:.1f} GiB to hold the experts" in plan["text"]
     assert "with --experts mapped" in plan["text"] and "limit: NVMe" in plan["text"]
 
@@ -156,6 +157,14 @@ def test_a_machine_with_gpus_is_told_of_its_processor_and_of_them():
     assert "2 x " in on_gpus["text"] and "it fits by " in on_gpus["text"] and "tok/s" in on_gpus["text"]
     assert on_gpus["max_context"] == 1_048_576 and "run on the processor" in on_gpus["text"]
     assert "run on the processor" not in on_cpu["text"]
+
+
+def test_experts_that_a_gpu_has_no_room_for_are_told_where_they_are():
+    plan = told(dataclasses.replace(planned("rtx-5090", ram="64G", nvme="1T"), is_here=True))
+    near, in_ram, on_drive = plan["spread"]
+    assert plan["fits"] and near + in_ram + on_drive == 256 and in_ram > 0 and on_drive > 0
+    assert f"of 256 experts of each layer {in_ram} in RAM and {on_drive} on the drive" in plan["text"]
+    assert "experts of each layer" not in told(dataclasses.replace(planned("h200:2"), is_here=True))["text"]
 
 
 def test_rows_in_host_memory_that_give_a_longer_context_are_told():

@@ -333,7 +333,8 @@ def test_a_report_of_a_large_machine_is_told_in_words(capsys):
                 "state": {"path": "/home/me", "write": 300e6, "read": 0.0, "why_not": "it lies in memory"},
                 "model": {"path": "/data/x", "num_bytes": GIB, "read": 3.21e9, "why_not": ""}},
         warnings=[{"about": "load", "text": "busy"}], ops=[],
-        advice={"why_not": "", "plans": [{"text": "flash fits"}], "calibration": {"text": "not calibrated"}},
+        advice={"why_not": "", "plans": [{"parts": ["flash on it", "it fits"]}],
+                "calibration": {"text": "not calibrated"}},
     )  # fmt: skip
     report["cpu"] |= cpu
     show(report, Screen())
@@ -346,7 +347,7 @@ def test_a_report_of_a_large_machine_is_told_in_words(capsys):
         "memory is read at 12.3 GB/s by one core, 180.0 GB/s by 16 cores", "/home/me is written at 300 MB/s",
         "/home/me was not read: it lies in memory", "the model is read at 3.2 GB/s (1.0 GiB of /data/x)",
         "serve lacks fastapi, uvicorn: pip install 'pyrosome[serve]'", "not avx512: it lacks vbmi", "load: busy",
-        "- flash fits", "- this machine is not calibrated", "all is well, with 1 warning",
+        "flash on it\n- it fits\nthis machine is not calibrated", "all is well, with 1 warning",
     ):  # fmt: skip
         assert words in said, words
     assert "\x1b[31m" not in said and "train lacks" not in said

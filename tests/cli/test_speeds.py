@@ -99,10 +99,10 @@ def test_memory_is_measured_where_there_is_enough_of_it(monkeypatch):
 def test_the_file_system_is_that_of_the_nearest_mount(tmp_path, path, sort):
     (tmp_path / "proc/self").mkdir(parents=True)
     (tmp_path / "proc/self/mountinfo").write_text(
-        "21 1 0:20 / / rw,relatime master:1 - overlay overlay rw\n"
         "22 21 8:1 / /home rw shared:2 - ext4 /dev/sda1 rw\n"
         "23 21 0:22 / /dev/shm rw - tmpfs tmpfs rw\n"
         "24 22 8:2 / /home/b\\040c rw - xfs /dev/sdb rw\nnonsense\n"
+        "21 1 0:20 / / rw,relatime master:1 - overlay overlay rw\n"
     )
     assert speeds.file_system(speeds.Path(path), tmp_path) == sort
     assert speeds.file_system(speeds.Path(path), tmp_path / "none") == ""

@@ -101,7 +101,8 @@ def _planned(name: str, here: Machine, measured: Measured, is_calibrated: bool) 
         model = Model.open(name)
         room = _drive_bytes(name, model)
     except (PyrosomeError, OSError, RuntimeError) as error:
-        return [{"model": name, "why_not": str(error), "text": f"{name} is not planned for: {error}"}]
+        text = f"{name} is not planned for: {error}"
+        return [{"model": name, "why_not": str(error), "text": text, "parts": [text]}]
     told = []
     for machine in _machines(here):
         # Whether the drive has room for the files is said apart from whether memory has room for what is read of them.
@@ -114,7 +115,7 @@ def _planned(name: str, here: Machine, measured: Measured, is_calibrated: bool) 
         except PyrosomeError as error:
             title = machine.device.title
             text = f"{name} is not planned for on {title}: {error}"
-            told.append({"model": name, "on": title, "why_not": str(error), "text": text})
+            told.append({"model": name, "on": title, "why_not": str(error), "text": text, "parts": [text]})
     return told
 
 
@@ -156,15 +157,19 @@ def _on(model: Model, machine: Machine, room: int, measured: Measured, is_calibr
         "context": context, "positions": model.config.max_position_embeddings, "kv_format": asked.kv_format,
         "drive_bytes": room, "stored_bytes": model.stored_bytes, "free_bytes": measured.free_bytes,
         "speed": dataclasses.asdict(plan.speed) if plan.speed else None,
-        "basis": basis, "sessions": plan.sessions.decoding, "lacks": plan.why_not, "change": plan.change,
+        "basis": basis, "lacks": plan.why_not, "change": plan.change,
         "why_not": "", **_sizes(asked, plan),
     }  # fmt: skip
-    return found | {"text": _on_processor(found) if is_cpu else _on_devices(found)}
+    title = (
+        f"{model.name} on {machine.count} x {found['on']}" if machine.count > 1 else f"{model.name} on {found['on']}"
+    )
+    parts = [*(_on_processor(found) if is_cpu else _on_devices(found)), *_room(found)]
+    return found | {"parts": [title, *parts], "text": f"{title}: {'; '.join(parts)}"}
 
 
 def _sizes(asked: Asked, plan: Plan) -> dict[str, Any]:
-    """Bytes that the devices have and need, experts held there or (on a processor) in files; the longest context."""
-    from pyrosome.plan.fitting import longest_context, place_experts
+    """Bytes that the devices have and need, experts held there or (on a processor) in files; what there is room for."""
+    from pyrosome.plan.fitting import longest_context, most_sessions, place_experts
     from pyrosome.plan.layout import Layout, Placement
     from pyrosome.plan.memory import places
 
@@ -175,15 +180,20 @@ def _sizes(asked: Asked, plan: Plan) -> dict[str, Any]:
         return sum(p.used_bytes for p in places(asked, layout, placement, asked.sessions)[: layout.ranks])
 
     if machine.device.kind != "cpu":
-        longest = longest_context(asked, layout, place_experts(asked, layout)) if plan.fits else 0
+        placed = place_experts(asked, layout)
+        longest = longest_context(asked, layout, placed) if plan.fits else 0
         has = machine.count * machine.device.memory_bytes
-        found = {"memory_bytes": has, "needed_bytes": needed(held), "mapped_bytes": 0, "max_context": longest}
-        return found | {"csa_host_context": _with_rows_on_host(asked, layout, longest) if plan.fits else 0}
+        return {
+            "memory_bytes": has, "needed_bytes": needed(held), "mapped_bytes": 0, "max_context": longest,
+            "csa_host_context": _with_rows_on_host(asked, layout, longest) if plan.fits else 0,
+            "sessions": plan.sessions.decoding, "spread": placed.counts(asked.model.config.n_routed_experts),
+        }  # fmt: skip
     way = files if plan.options["experts"] == "mapped" else held
     longest = longest_context(asked, layout, way) if plan.fits else 0
+    room = most_sessions(asked, layout, way) if plan.fits else 0
     return {
         "memory_bytes": machine.ram_bytes, "needed_bytes": needed(held), "mapped_bytes": needed(files),
-        "max_context": longest, "csa_host_context": 0,
+        "max_context": longest, "csa_host_context": 0, "sessions": room, "spread": None,
     }  # fmt: skip
 
 
@@ -207,33 +217,31 @@ def _as_measured(machine: Machine, measured: Measured) -> tuple[Machine, str]:
     return dataclasses.replace(machine, device=device, host=device), f"{basis}; not calibrated"
 
 
-def _on_processor(p: dict[str, Any]) -> str:
-    """One model in a machine's own memory, as a paragraph."""
+def _on_processor(p: dict[str, Any]) -> list[str]:
+    """One model in a machine's own memory."""
     has, all_of_it, mapped = p["memory_bytes"], p["needed_bytes"], p["mapped_bytes"]
     lacks = (
         f"RAM lacks {size(all_of_it - has)} to hold the experts ({size(all_of_it)} are needed, {size(has)} are there)"
     )
     if p["experts"] == "resident":
-        parts = [f"RAM holds all of it, the experts too: {size(all_of_it)} of {size(has)}", *_rates(p)]
-    elif p["experts"] == "mapped":
+        return [f"RAM holds all of it, the experts too: {size(all_of_it)} of {size(has)}", *_rates(p)]
+    if p["experts"] == "mapped":
         how = f"with --experts mapped they are read in the checkpoint's files, and {size(mapped)} of RAM are needed"
-        parts = [lacks, how, *_rates(p)]
-    else:
-        parts = [
-            lacks,
-            f"with --experts mapped {size(mapped)} would be needed, {size(mapped - has)} more than there are",
-        ]
-    return f"{p['model']} on {p['on']}: {'; '.join([*parts, *_room(p)])}"
+        return [lacks, how, *_rates(p)]
+    more = size(mapped - has)
+    return [lacks, f"with --experts mapped {size(mapped)} would be needed, {more} more than there are"]
 
 
-def _on_devices(p: dict[str, Any]) -> str:
+def _on_devices(p: dict[str, Any]) -> list[str]:
     """One model on GPUs, or in the memory that a GPU shares."""
-    title = f"{p['count']} x {p['on']}" if p["count"] > 1 else p["on"]
     if p["fits"]:
-        parts = [f"it fits by {p['mode']}" if p["count"] > 1 else "it fits", *_rates(p)]
+        near, in_ram, in_files = p["spread"]
+        by = f"it fits by {p['mode']}" if p["count"] > 1 else "it fits"
+        where = f", of {near + in_ram + in_files} experts of each layer {in_ram} in RAM and {in_files} on the drive"
+        parts = [by + (where if in_ram + in_files else ""), *_rates(p)]
     else:
         parts = [f"it does not fit: {p['lacks']}", p["change"]]
-    return f"{p['model']} on {title}: {'; '.join([*parts, *_room(p)])}; commands of this version run on the processor"
+    return [*parts, "commands of this version run on the processor"]
 
 
 def _rates(p: dict[str, Any]) -> list[str]:

@@ -190,6 +190,8 @@ def _advice(report: Report) -> Iterator[str]:
     if advice["why_not"]:
         yield f"nothing can be said: {advice['why_not']}"
     for plan in advice["plans"]:
-        yield f"- {plan['text']}"
+        title, *parts = plan["parts"]
+        yield title
+        yield from (f"- {part}" for part in parts)
     if advice["calibration"]["text"]:
-        yield f"- this machine is {advice['calibration']['text']}"
+        yield f"this machine is {advice['calibration']['text']}"

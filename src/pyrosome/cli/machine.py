@@ -111,7 +111,7 @@ def _limit(root: Path) -> tuple[int, int]:
     for group in _groups(root, "memory"):
         for limit, usage in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
             most, used = text(group / limit).strip(), text(group / usage).strip()
-            if most.isdigit() and int(most) < NO_LIMIT:
+            if most.isdigit():
                 kept = max(0, int(used) - _files(group)) if used.isdigit() else 0
                 found.append((int(most), kept))
     return min(found, key=lambda f: f[0] - f[1], default=(NO_LIMIT, 0))
