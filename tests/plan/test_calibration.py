@@ -8,11 +8,11 @@ import stat
 import numpy as np
 import pytest
 
-from pyrosome import __version__
 from pyrosome.config import ModelConfig
 from pyrosome.errors import PlanError
 from pyrosome.plan import calibration
 from pyrosome.plan.calibration import TERMS, Calibration, Point, fitted, non_negative, residuals, terms
+from pyrosome.plan.history import installed
 from pyrosome.plan.inventory import Model
 from pyrosome.plan.work import Load
 
@@ -50,8 +50,8 @@ def _points(noise=0.0):
 
 def _calibration(**changes):
     made = Calibration(
-        processor="A processor, 2 cores", threads=1, level="avx512", engine=__version__,
-        torch=calibration.installed("torch"), when="2026-01-02T03:04:05+00:00", seconds=TRUE, read_bytes_s=31e9,
+        processor="A processor, 2 cores", threads=1, level="avx512", engine=installed("pyrosome"),
+        torch=installed("torch"), when="2026-01-02T03:04:05+00:00", seconds=TRUE, read_bytes_s=31e9,
         flops_s=300e9, disk_bytes_s=2e9, link_bytes_s=0.0, residual=0.03, worst=0.2, points=24,
     )  # fmt: skip
     return dataclasses.replace(made, **changes)
@@ -120,7 +120,7 @@ def test_the_newest_that_still_holds_is_taken(state):
     assert calibration.latest("A processor, 2 cores", threads=1).threads == 1
     only_old = calibration.latest("A processor, 2 cores", threads=4)
     assert "pyrosome 0.0.0" in only_old.outdated
-    assert __version__ in only_old.outdated
+    assert installed("pyrosome") in only_old.outdated
 
 
 @pytest.mark.parametrize(
@@ -145,6 +145,12 @@ def test_a_broken_file_is_refused(state, text):
     path.write_text(text)
     with pytest.raises(PlanError, match="again"):
         calibration.load(path)
+
+
+def test_terms_count_every_layer_token_and_step():
+    counted = dict(zip(TERMS, terms(MODELS[0], Load(5, 7, 100)), strict=True))
+    assert (counted["step"], counted["layer"], counted["token"]) == (1, 3, 3 * 5 * 7)
+    assert all(n > 0 for n in counted.values())
 
 
 def test_a_step_is_the_sum_of_its_terms():

@@ -9,13 +9,13 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from pyrosome import __version__
 from pyrosome.errors import RequestError
 from pyrosome.measure import ceilings
 from pyrosome.measure.steps import Sample, Shape, measured
 from pyrosome.ops import native
-from pyrosome.plan.calibration import Calibration, Point, fitted, installed, median_and_worst
+from pyrosome.plan.calibration import Calibration, Point, fitted, median_and_worst
 from pyrosome.plan.hardware import machine
+from pyrosome.plan.history import installed
 from pyrosome.plan.work import Load
 
 LEAST_SECONDS, MOST_SECONDS = 60.0, 3600.0
@@ -98,7 +98,7 @@ def calibrate(
     processor = here.device if here.device.kind == "cpu" else here.host
     return Calibration(
         processor=processor.title if processor else here.device.title, threads=threads,
-        level=native.level() if native.available() else "", engine=__version__,
+        level=native.level() if native.available() else "", engine=installed("pyrosome"),
         torch=installed("torch"),
         when=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), seconds=found, read_bytes_s=read,
         flops_s=product, disk_bytes_s=disk, link_bytes_s=link, residual=middle, worst=worst, points=len(points),

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.metadata
 import json
 import math
 import os
@@ -22,9 +21,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pyrosome import __version__
 from pyrosome.errors import PlanError
 from pyrosome.folders import private_folder, state_home
+from pyrosome.plan.history import installed
 from pyrosome.plan.inventory import Model
 from pyrosome.plan.layout import Layout
 from pyrosome.plan.work import GROUPS, Load, work_of
@@ -71,7 +70,7 @@ class Calibration:
     @property
     def outdated(self) -> str:
         """Why it does not hold any more; "" where it does."""
-        now = {"pyrosome": __version__, "torch": installed("torch")}
+        now = {name: installed(name) for name in ("pyrosome", "torch")}
         then = {"pyrosome": self.engine, "torch": self.torch}
         other = [f"{name} {then[name]}" for name in now if now[name] != then[name]]
         return f"it is of {' and '.join(other)}, and {_words(now)} is installed" if other else ""
@@ -79,14 +78,6 @@ class Calibration:
 
 def _words(versions: Mapping[str, str]) -> str:
     return ", ".join(f"{name} {version or 'none'}" for name, version in versions.items())
-
-
-def installed(package: str) -> str:
-    """Its version; "" where it is not installed."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
 
 
 def terms(model: Model, load: Load) -> NDArray[np.float64]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import importlib.metadata
 import json
 import logging
 import math
@@ -18,7 +19,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, TypedDict
 
-from pyrosome import __version__
 from pyrosome.errors import RequestError
 from pyrosome.folders import private_folder, state_home
 
@@ -61,6 +61,14 @@ def path() -> Path:
     return state_home() / "plans.jsonl"
 
 
+def installed(package: str) -> str:
+    """The version of a package; "" where it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
 def keep(what: str, predicted: float, measured: float, machine: str, versions: Mapping[str, str] | None = None) -> None:
     """Add one figure to the file.
 
@@ -71,7 +79,9 @@ def keep(what: str, predicted: float, measured: float, machine: str, versions: M
         if not (math.isfinite(value) and value > 0):
             raise RequestError(f"{what}: {name} is {value}; the history keeps numbers above 0")
     when = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    entry = Entry(what, float(predicted), float(measured), machine, dict(versions or {"pyrosome": __version__}), when)
+    entry = Entry(
+        what, float(predicted), float(measured), machine, dict(versions or {"pyrosome": installed("pyrosome")}), when
+    )
     line = json.dumps(dataclasses.asdict(entry), ensure_ascii=False) + "\n"
     place = private_folder(path().parent)
     try:
