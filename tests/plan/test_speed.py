@@ -84,6 +84,13 @@ def test_a_prompt_computes_what_its_tokens_would_alone():
     assert _sum(whole, "weight_bytes") < sum(_sum(w, "weight_bytes") for w in each) / 5
 
 
+def test_tokens_of_a_prompt_share_what_is_read_of_the_index_and_of_neighbours():
+    one, many = (work_of(FLASH, ONE, Load(1, n, 1 << 20)) for n in (1, 64))
+    shared = {p: _sum(many, "row_bytes", (p,)) / _sum(one, "row_bytes", (p,)) for p in ("indexer", "HCA attention")}
+    assert shared == {"indexer": pytest.approx(64 / 16, rel=1e-3), "HCA attention": pytest.approx(64 / 2, rel=1e-3)}
+    assert _sum(many, "row_bytes", ("CSA attention",)) == 64 * _sum(one, "row_bytes", ("CSA attention",))
+
+
 def test_experts_that_a_batch_visits():
     assert touched(256, 6, 1) == pytest.approx(6)
     assert touched(256, 6, 1e6) == pytest.approx(256)
@@ -183,6 +190,15 @@ def test_experts_in_ram_go_the_faster_way_and_it_is_told():
         _step(Load(1, 1, 4096), neither, placement=half)
 
 
+def test_one_host_serves_all_devices():
+    no_link = dataclasses.replace(machine("h200:4"), device=dataclasses.replace(H200.device, host_bytes_s=0.0))
+    load = Load(1, 1, 4096)
+    name = "routed experts by the host's processor"
+    each = _step(load, no_link, "dp", Placement(0.5, 0.5)).parts[name]
+    alone = _step(load, dataclasses.replace(no_link, count=1), placement=Placement(0.5, 0.5)).parts[name]
+    assert each == pytest.approx(4 * alone)
+
+
 def test_experts_over_the_link_take_their_bytes_by_its_bandwidth():
     alone = dataclasses.replace(H200, host=None)
     found = _step(Load(1, 1, 4096), alone, placement=Placement(0.0, 1.0), link=1.0)
@@ -197,6 +213,9 @@ def test_experts_on_nvme_take_their_bytes_by_its_bandwidth():
     found = _step(Load(1, 1, 4096), with_drive, placement=Placement(0.5, 0.0, 0.5))
     assert found.parts["routed experts from NVMe"] == pytest.approx(0.5 * 43 * 6 * 13_369_344 / 7e9, rel=0.01)
     assert found.limit == "NVMe: routed experts from NVMe"
+    measured = _step(Load(1, 1, 4096), with_drive, placement=Placement(0.5, 0.0, 0.5), nvme_bytes_s=3.5e9)
+    name = "routed experts from NVMe"
+    assert measured.parts[name] == pytest.approx(2 * found.parts[name])
     with pytest.raises(PlanError, match="NVMe"):
         _step(Load(1, 1, 4096), H200, placement=Placement(0.5, 0.0, 0.5))
 
