@@ -156,6 +156,27 @@ def other_expert(result, *args):
     return changed, weights
 
 
+def the_same_twice(result, *args):
+    experts, weights = result
+    return torch.cat([experts[:, :1], experts[:, :-1]], dim=1), weights
+
+
+def without_the_last(result, *args):
+    """Of tokens that see fewer rows than can be kept."""
+    score, rows = (x.clone() for x in result)
+    last_T = (rows >= 0).sum(1) - 1
+    few = ((last_T >= 0) & (rows[:, -1] < 0)).nonzero()[:, 0]
+    score[few, last_T[few]], rows[few, last_T[few]] = -math.inf, -1
+    return score, rows
+
+
+def one_not_to_be_seen(result, *args):
+    score, rows = (x.clone() for x in result)
+    few = (rows[:, -1] < 0).nonzero()[:, 0]
+    score[few, -1], rows[few, -1] = 0.0, rows[few].amax(1) + 1
+    return score, rows
+
+
 def one_bit(result, *args):
     planes = args[1]
     planes[0].view(torch.uint8)[args[3][-1], 0] ^= 1
@@ -167,6 +188,9 @@ FAULTS = {
     "experts' sum": (routed_experts, scaled_by(1.02), 2, ("exact", "trained")),
     "the worst rows": (index_topk, the_worst_rows, 1, ("exact", "trained")),
     "an expert nobody chose": (route, other_expert, 3, ("exact", "trained")),
+    "an expert chosen twice": (route, the_same_twice, 1, ("exact", "trained")),
+    "a row that is left out": (index_topk, without_the_last, 1, ("exact", "trained")),
+    "a row that is not visible yet": (index_topk, one_not_to_be_seen, 1, ("exact", "trained")),
     "a bit of a stored row": (store_rows, one_bit, 0, ("exact", "trained")),
     "rows as read back": (as_stored, scaled_by(1 + 1e-6), 1, ("exact", "trained")),
 }
@@ -276,8 +300,9 @@ def test_where_a_layer_does_not_fit_it_is_left_out_with_its_bytes(only, monkeypa
     only(0, 1)
     monkeypatch.setattr(layers, "free_memory", lambda: 1000)
     findings = found()
-    assert [f.ok for f in findings] == [None] * 4 + [True]
+    assert [f.ok for f in findings] == [None] * 5  # nothing was compared, so nothing is well
     assert findings[0].figures["free_bytes"] == 1000 and "1,000 are free" in findings[0].detail
+    assert "0 of 4 layers" in findings[-1].detail and "4 comparison(s) left out" in findings[-1].detail
 
 
 def test_without_kernels_it_says_that_definitions_run(only):
@@ -333,7 +358,23 @@ def test_a_choice_made_otherwise_is_as_far_from_a_tie_as_its_scores():
     assert expert_gaps(chosen, wanted, scores).item() == pytest.approx(0.88)
     assert expert_gaps(wanted, wanted, scores).item() == 0.0
     assert expert_gaps(chosen, wanted, torch.empty(0)).item() == math.inf  # by hash there are no ties
-    rows, other = torch.tensor([[2, 7, -1]]), torch.tensor([[2, 5, -1]])
-    mine, theirs = torch.tensor([[4.0, 1.0, -math.inf]]), torch.tensor([[4.0, 1.2, -math.inf]])
+    assert expert_gaps(torch.tensor([[1, 1]]), wanted, scores).item() == math.inf
+    rows, other = torch.tensor([[2, 7]]), torch.tensor([[2, 5]])
+    mine, theirs = torch.tensor([[4.0, 1.0]]), torch.tensor([[4.0, 1.2]])
     assert row_gaps(rows, mine, other, theirs).item() == pytest.approx(0.05)
     assert row_gaps(rows, mine, rows, mine).item() == 0.0
+    above = torch.tensor([[4.0, 2.2]])  # were it so good, the definition would have chosen it
+    assert row_gaps(rows, above, other, theirs).item() == pytest.approx(0.25)
+
+
+def test_where_all_visible_rows_are_kept_another_choice_is_no_tie():
+    inf = math.inf
+    two, score = torch.tensor([[2, 5, -1]]), torch.tensor([[4.0, 1.2, -inf]])
+    for rows, mine in (
+        ([2, 7, -1], [4.0, 1.2, -inf]),
+        ([2, -1, -1], [4.0, -inf, -inf]),
+        ([2, 5, 7], [4.0, 1.2, 1.2]),
+        ([2, 2, 5], [4.0, 4.0, 1.2]),
+    ):
+        assert row_gaps(torch.tensor([rows]), torch.tensor([mine]), two, score).item() == inf
+    assert row_gaps(two, score, two, score).item() == 0.0

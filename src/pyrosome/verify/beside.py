@@ -227,7 +227,7 @@ def expert_gaps(chosen_TK: Tensor, wanted_TK: Tensor, affinity_TE: Tensor) -> Te
     """How far from a tie each token's choice of experts was, float [T]: 0 where the choice is the same.
 
     Of those the definition chose and this run did not, the best score less the worst of those chosen instead, relative
-    to the token's largest score.  By hash nothing is a tie: a difference is infinite.
+    to the token's largest score.  By hash nothing is a tie: a difference is infinite.  So is an expert chosen twice.
     """
     if not affinity_TE.numel():
         return torch.where(same_choice(chosen_TK, wanted_TK), 0.0, math.inf)
@@ -235,19 +235,34 @@ def expert_gaps(chosen_TK: Tensor, wanted_TK: Tensor, affinity_TE: Tensor) -> Te
     gained_TK = chosen_TK.masked_fill((chosen_TK[:, :, None] == wanted_TK[:, None]).any(2), -1)
     lost = affinity_TE.gather(1, lost_TK.clamp(min=0)).masked_fill(lost_TK < 0, -math.inf).amax(1)
     gained = affinity_TE.gather(1, gained_TK.clamp(min=0)).masked_fill(gained_TK < 0, math.inf).amin(1)
-    return _relative(lost - gained, affinity_TE, same_choice(chosen_TK, wanted_TK))
+    gap_T = (lost - gained).masked_fill(_has_twice(chosen_TK), math.inf)
+    return _relative(gap_T, affinity_TE, same_choice(chosen_TK, wanted_TK))
 
 
 def row_gaps(chosen_TK: Tensor, score_TK: Tensor, wanted_TK: Tensor, wanted_score_TK: Tensor) -> Tensor:
-    """How far from a tie each token's choice of rows was, float [T], as `expert_gaps`; each run's own scores count."""
+    """How far from a tie each token's choice of rows was, float [T], as `expert_gaps`; each run's own scores count.
+
+    A row chosen instead cannot have a score above the least of those that should have been, by more than a tie's.
+    Where fewer rows are visible than can be kept all of them are, and nothing is a tie.
+    """
     if chosen_TK.shape != wanted_TK.shape:
         return torch.full((len(wanted_TK),), math.inf)
     if not wanted_TK.numel():
         return wanted_score_TK.new_zeros(len(wanted_TK))
     # Both ascend: what one has and the other has not is found by looking each up in the other.
     lost = wanted_score_TK.masked_fill(_found(chosen_TK, wanted_TK), -math.inf).amax(1)
-    gained = score_TK.masked_fill(_found(wanted_TK, chosen_TK), math.inf).amin(1)
-    return _relative(lost - gained, wanted_score_TK, same_choice(chosen_TK, wanted_TK))
+    is_gained_TK = ~_found(wanted_TK, chosen_TK)
+    gained = score_TK.masked_fill(~is_gained_TK, math.inf).amin(1)
+    above = score_TK.masked_fill(~is_gained_TK, -math.inf).amax(1) - wanted_score_TK.amin(1)
+    is_wrong_T = _has_twice(chosen_TK) | (wanted_TK < 0).any(1) | (chosen_TK < 0).any(1)
+    gap_T = torch.maximum(lost - gained, above).masked_fill(is_wrong_T, math.inf)
+    return _relative(gap_T, wanted_score_TK, same_choice(chosen_TK, wanted_TK))
+
+
+def _has_twice(chosen_TK: Tensor) -> Tensor:
+    """Which tokens chose something twice, bool [T]."""
+    ordered = chosen_TK.sort(dim=1).values
+    return ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any(1)
 
 
 def _found(within_TK: Tensor, what_TK: Tensor) -> Tensor:

@@ -80,7 +80,7 @@ class _Comparison:
         # For the plots: how far each layer was, and the worst of each op.
         self.apart: dict[str, dict[int, float | None]] = {EXACT.name: {}, TRAINED.name: {}}
         self.ops: dict[str, dict[str, float]] = {EXACT.name: {}, TRAINED.name: {}}
-        self.failed = 0
+        self.failed = self.left_out = 0
 
     def run(self) -> Iterator[Finding]:
         """The streams that a part starts from are the definitions' own after the part before."""
@@ -102,6 +102,7 @@ class _Comparison:
                     return
                 for finding in self._compared(part, before, numerics, meant_TX, choices):
                     self.failed += finding.ok is False
+                    self.left_out += finding.ok is None
                     yield finding
                 if part.layer >= 0:
                     streams[numerics.name] = meant_TX
@@ -196,7 +197,9 @@ class _Comparison:
         sample = "a sample, each from the embedding" if self.wanted.quick else "each from the one before"
         detail = f"{num} of {passage.config.num_hidden_layers} layers, {sample}; {spans} tokens; {rows}"
         detail += f"; {self.failed} finding(s) above failed" if self.failed else ""
-        return Finding("layers", "all layers", not self.failed, detail, {"plots": plots})
+        detail += f"; {self.left_out} comparison(s) left out" if self.left_out else ""
+        ok = False if self.failed else None if self.left_out and not num else True
+        return Finding("layers", "all layers", ok, detail, {"plots": plots}, warns=ok is True and self.left_out > 0)
 
 
 def op_problem(name: str, tally: Tally, bounds: Bounds) -> str:
