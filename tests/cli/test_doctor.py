@@ -365,3 +365,21 @@ def test_a_user_without_a_home_is_told_and_not_shown_a_traceback(looked, monkeyp
     assert sum("set HOME" in w["text"] for w in report["warnings"]) >= 2
     assert "home directory" in report["advice"]["plans"][0]["why_not"]
     assert report["advice"]["calibration"]["state"] == "unknown"
+
+
+def test_advice_is_asked_with_what_was_measured(monkeypatch):
+    asked = []
+    monkeypatch.setattr("pyrosome.cli.advice.advise", lambda names, found: asked.append((names, found)) or {})
+    memory = {"one_core": 30e9, "all_cores": 90e9, "cores": 4}
+
+    def advice(speeds, model="builtin:nano"):
+        DOCTOR._advice(model, {"memory": SOUND["memory"], "speeds": speeds})
+        return asked[-1]
+
+    names, found = advice({"memory": memory, "state": {"read": 1e9}, "model": {"read": 3e9}}, "/data/x")
+    assert names == ["flash", "/data/x"] and (found.memory_bytes, found.free_bytes) == (64 * GIB, 60 * GIB)
+    assert (found.memory_read, found.cores, found.drive_read) == (90e9, 4, 3e9)
+    names, found = advice({"memory": memory | {"all_cores": 20e9}, "state": {"read": 1e9}, "model": {"read": 0.0}})
+    assert names == ["flash"] and (found.memory_read, found.cores, found.drive_read) == (30e9, 1, 1e9)
+    _, found = advice({})
+    assert (found.memory_read, found.drive_read) == (0.0, 0.0)
