@@ -14,6 +14,7 @@ from pyrosome.errors import PlanError, RequestError
 from pyrosome.plan import calibration as kept
 from pyrosome.plan.calibration import TERMS, Calibration
 from pyrosome.plan.hardware import machine as planned
+from pyrosome.plan.history import installed
 
 GIB = 1 << 30
 PLENTY = namedtuple("usage", "free")(900 * GIB)
@@ -41,7 +42,7 @@ def told(here, measured=UNMEASURED, name="flash"):
 def calibrated(title, **changes):
     seconds = dict.fromkeys(TERMS, 1e-11)
     found = Calibration(
-        processor=title, threads=8, level="avx512", engine=kept.__version__, torch=kept.installed("torch"),
+        processor=title, threads=8, level="avx512", engine=installed("pyrosome"), torch=installed("torch"),
         when="2026-01-02T03:04:05+00:00", seconds=seconds, read_bytes_s=1e11, flops_s=1e12, disk_bytes_s=2e9,
         link_bytes_s=0.0, residual=0.03, worst=0.12, points=40,
     )  # fmt: skip
