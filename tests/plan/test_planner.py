@@ -132,10 +132,17 @@ SHORT = {
     "rows on an unknown host": asked(gpus(2, H200), sessions=9, csa_host=True, mode="ep"),
     "many parked": asked(gpus(2, H200, ram=64 * GIB), mode="pp", parked=40),
     "one memory": asked(unified(122_880), context=8192),
+    "many prompts": asked(gpus(2, H200), sessions=14, mode="tp", prefilling=14, step_tokens=2048),
+    "more sessions than experts leave room for": asked(gpus(2, 24_564, ram=256 * GIB), sessions=300, context=131_072),
+    "a longer context than experts leave room for": asked(gpus(1, 32_607, ram=256 * GIB), sessions=8, kv_format="bf16"),
+    "weights beside little RAM and a drive": asked(gpus(1, 32_607, ram=8 * GIB, nvme=20 * 10**9), context=8192),
+    "parked sessions beside an unknown RAM": asked(
+        gpus(2, H200, nvme=200 * 10**9), parked=40, csa_host=True, mode="ep"
+    ),
 }
 
 
-UNITS = ("step_tokens", "sessions", "context", "ram", "nvme", "devices")
+UNITS = ("step_tokens", "prefilling", "sessions", "context", "ram", "nvme", "devices")
 
 
 def less(change) -> Asked:
@@ -144,6 +151,8 @@ def less(change) -> Asked:
     match change.what:
         case "step_tokens":
             return dataclasses.replace(a, step_tokens=a.step_tokens + 256)
+        case "prefilling":
+            return dataclasses.replace(a, prefilling=a.prefilling + 1)
         case "sessions":
             return dataclasses.replace(a, sessions=a.sessions + 1)
         case "context":
@@ -177,7 +186,8 @@ def test_every_change_that_is_told_makes_it_fit_and_one_unit_less_does_not(name)
 
 def test_the_changes_are_in_the_order_of_their_harm():
     kinds = {name: [c.what for c in _changes(short)] for name, short in SHORT.items()}
-    assert kinds["a little too much"][:2] == ["step_tokens", "csa_host"]
+    assert kinds["a little too much"][:3] == ["step_tokens", "prefilling", "csa_host"]
+    assert kinds["many prompts"][:2] == ["step_tokens", "prefilling"]
     assert kinds["too many sessions"] == ["csa_host", "mode", "sessions", "context", "devices"]
     assert kinds["wide rows"][:3] == ["csa_host", "mode", "kv_format"]
     assert kinds["weights"] == ["ram", "nvme", "devices"]
@@ -258,6 +268,38 @@ def test_a_context_that_is_no_use_is_not_offered():
     plan = make_plan(asked(gpus(2, H100), sessions=2, mode="tp"), even)
     short = longest_context(asked(gpus(2, H100), sessions=2), Layout.of("tp", 2), Placement())
     assert 0 < short < MILLION // 16 and "context" not in plan.change
+
+
+def test_a_context_shorter_than_a_block_has_no_shorter_one():
+    plan = make_plan(asked(gpus(1, H200), context=1, sessions=1), even)
+    assert not plan.fits and "a context of" not in plan.change
+
+
+def test_devices_without_a_link_share_nothing():
+    apart = dataclasses.replace(gpus(2, 200_000).device, peer_bytes_s=0.0, host_bytes_s=0.0)
+    machine = dataclasses.replace(gpus(2, 200_000), device=apart)
+    assert [p.mode for p in make_plans(asked(machine, context=8192))] == ["dp"]
+    with pytest.raises(RequestError, match="no link between devices of Card is known, and ep needs one"):
+        make_plan(asked(machine, context=8192, mode="ep"))
+    one = asked(dataclasses.replace(machine, device=dataclasses.replace(apart, memory_bytes=GIB << 6), count=1))
+    assert "devices instead" not in make_plan(one, even).change
+
+
+@pytest.mark.parametrize("machine", [gpus(2, 24_564, ram=256 * GIB), gpus(1, 32_607, nvme=10**12)])
+def test_room_is_for_as_many_sessions_as_fit_with_experts_out_of_their_way(machine):
+    short = asked(machine, context=131_072)
+    for plan in make_plans(short, even):
+        room = plan.sessions.decoding
+        assert room > 20
+        fit, more = (make_plan(dataclasses.replace(short, sessions=n, mode=plan.mode), even) for n in (room, room + 1))
+        assert fit.fits and not more.fits and fit.sessions.decoding == more.sessions.decoding == room
+
+
+def test_machines_of_one_memory_each_park_as_many_sessions_as_the_fullest_can():
+    machine = dataclasses.replace(unified(122_880, 4), nvme_bytes=20 * 10**9)
+    plan = make_plan(asked(machine, sessions=5, parked=100, mode="ep"), even)
+    assert plan.fits == (plan.sessions.parked_ram + plan.sessions.parked_disk >= 100)
+    assert all(p.free_bytes >= 0 for p in plan.places[:4])
 
 
 def test_one_device_has_one_plan_and_an_impossible_mode_is_refused_or_left_out():

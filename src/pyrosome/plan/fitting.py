@@ -24,7 +24,8 @@ SHORTEST = 16  # a context shorter than this part of the asked one is another ta
 class Change:
     """One thing that could be otherwise, and then it fits; one unit less and it does not."""
 
-    what: str  # "step_tokens", "csa_host", "mode", "kv_format", "sessions", "context", "ram", "nvme" or "devices"
+    # "step_tokens", "prefilling", "csa_host", "mode", "kv_format", "sessions", "context", "ram", "nvme" or "devices"
+    what: str
     text: str
     asked: Asked
     layout: Layout
@@ -93,10 +94,38 @@ def place_experts(asked: Asked, layout: Layout) -> Placement:
     everything = Placement(csa_on_host=asked.csa_host)
     if _on_devices(asked, layout, everything, 1):
         return everything
-    for sessions in dict.fromkeys((asked.sessions, 1)):
-        if found := _spread(asked, layout, sessions):
-            return found
-    return everything
+    return _spread(asked, layout, asked.sessions) or _spread(asked, layout, 1) or everything
+
+
+def _placed(asked: Asked, layout: Layout) -> Placement | None:
+    """As `place_experts`, with all that was asked for; None where it does not fit."""
+    everything = Placement(csa_on_host=asked.csa_host)
+    if not _on_devices(asked, layout, everything, 1):
+        return _spread(asked, layout, asked.sessions)
+    return everything if _fit(asked, layout, everything) else None
+
+
+def room(asked: Asked, layout: Layout) -> int:
+    """How many sessions there is room for, at most a million, with experts where so many leave them; 0: for none.
+
+    Where devices hold all experts beside one session they keep them; else those of more sessions make way for rows.
+    """
+    high = 1
+    while high < MAX_SESSIONS and _placed(_with_sessions(asked, high), layout):
+        high = min(2 * high, MAX_SESSIONS)
+    return most(lambda n: _placed(_with_sessions(asked, n), layout) is not None, 1, high)
+
+
+def _with_sessions(asked: Asked, sessions: int) -> Asked:
+    return dataclasses.replace(asked, sessions=sessions, prefilling=min(asked.prefilling, sessions))
+
+
+def why_not(asked: Asked, layout: Layout) -> str:
+    """Why the model cannot be shared so by these devices; "" where it can."""
+    device = asked.machine.device
+    if layout.ranks > 1 and layout.mode != "dp" and not (device.peer_bytes_s or device.host_bytes_s):
+        return f"no link between devices of {device.title} is known, and {layout.mode} needs one"
+    return layout.why_not(asked.model.config)
 
 
 def _spread(asked: Asked, layout: Layout, sessions: int) -> Placement | None:
@@ -107,15 +136,17 @@ def _spread(asked: Asked, layout: Layout, sessions: int) -> Placement | None:
     def on_device(k: int) -> bool:
         return _on_devices(asked, layout, Placement.of(k, 0, E, csa_on_host=csa), sessions)
 
-    near = most(on_device, 0, E)
-    if near < 0:
+    if not on_device(0):
         return None
+    near = most(on_device, 1, E)
 
     def in_ram(k: int) -> bool:
-        found = places(asked, layout, Placement.of(near, k, E, csa_on_host=csa), sessions)
+        found = Site(asked, layout, Placement.of(near, k, E, csa_on_host=csa), sessions).hosts()
         return all(p.free_bytes >= 0 for p in found if p.name == "RAM")
 
-    far = max(0, most(in_ram, 0, E - near)) if apart else 0
+    far = 0
+    if apart:
+        far = E - near if in_ram(E - near) else max(0, most(in_ram, 0, E - near - 1))
     if near + far < E and not (machine.nvme_bytes and machine.nvme_read_bytes_s > 0):
         return None
     placement = Placement.of(near, far, E, csa_on_host=csa)
@@ -147,12 +178,12 @@ def lacking(where: Sequence[Place]) -> str:
 def changes(asked: Asked, layout: Layout, placement: Placement) -> list[Change]:
     """Single changes that make it fit, the least harmful first.
 
-    The order: a prompt that is computed in smaller steps; CSA rows in host memory; another mode; another format of
-    rows; fewer sessions; a shorter context; experts in more RAM; experts in files; more devices.
+    The order: prompts that are computed in smaller steps; fewer of them at once; CSA rows in host memory; another mode;
+    another format of rows; fewer sessions; a shorter context; experts in more RAM; experts in files; more devices.
     """
     looks = (
-        _smaller_steps, _rows_on_host, _another_mode, _another_format, _fewer_sessions, _shorter, _more_ram, _files,
-        _devices,
+        _smaller_steps, _fewer_prompts, _rows_on_host, _another_mode, _another_format, _fewer_sessions, _shorter,
+        _more_ram, _files, _devices,
     )  # fmt: skip
     return [change for look in looks for change in look(asked, layout, placement)]
 
@@ -175,10 +206,20 @@ def _smaller_steps(asked: Asked, layout: Layout, placement: Placement) -> Iterat
     def smaller(units: int) -> Asked:
         return dataclasses.replace(asked, step_tokens=units * LEAST_STEP_TOKENS)
 
-    found = most(lambda n: _fit(smaller(n), layout, placement), 1, (now - 1) // LEAST_STEP_TOKENS)
+    found = most(lambda n: _placed(smaller(n), layout) is not None, 1, (now - 1) // LEAST_STEP_TOKENS)
     if found >= 1:
         text = f"prompts computed {found * LEAST_STEP_TOKENS:,} tokens at a time instead of {now:,}"
-        yield Change("step_tokens", text, smaller(found), layout, placement)
+        yield Change("step_tokens", text, smaller(found), layout, place_experts(smaller(found), layout))
+
+
+def _fewer_prompts(asked: Asked, layout: Layout, placement: Placement) -> Iterator[Change]:
+    def fewer(prompts: int) -> Asked:
+        return dataclasses.replace(asked, prefilling=prompts)
+
+    found = most(lambda n: _placed(fewer(n), layout) is not None, 1, asked.prefilling - 1)
+    if found >= 1:
+        text = f"{found:,} prompt{'s' * (found > 1)} computed at once instead of {asked.prefilling:,}"
+        yield Change("prefilling", text, fewer(found), layout, place_experts(fewer(found), layout))
 
 
 def _rows_on_host(asked: Asked, layout: Layout, placement: Placement) -> Iterator[Change]:
@@ -204,18 +245,16 @@ def _rows_on_host(asked: Asked, layout: Layout, placement: Placement) -> Iterato
 def _another_mode(asked: Asked, layout: Layout, placement: Placement) -> Iterator[Change]:
     if layout.ranks == 1:
         return
-    roomiest: tuple[int, Layout] | None = None
+    found = []
     for mode in MODES:
         other = Layout.of(mode, layout.ranks)
-        if mode == layout.mode or other.why_not(asked.model.config) or not _fit(asked, other, placement):
+        if mode == layout.mode or why_not(asked, other) or not (spread := _placed(asked, other)):
             continue
-        room = most_sessions(asked, other, placement)
-        if roomiest is None or room > roomiest[0]:
-            roomiest = room, other
-    if roomiest:
-        room, other = roomiest
-        text = f"mode {other.mode}, which has room for {room:,} sessions"
-        yield Change("mode", text, dataclasses.replace(asked, mode=other.mode), other, placement)
+        found.append((spread.experts_on_device == 1, room(asked, other), other, spread))
+    if found:
+        _, most_held, other, spread = max(found, key=lambda f: f[:2])
+        text = f"mode {other.mode}, which has room for {most_held:,} session{'s' * (most_held != 1)}"
+        yield Change("mode", text, dataclasses.replace(asked, mode=other.mode), other, spread)
 
 
 def _another_format(asked: Asked, layout: Layout, placement: Placement) -> Iterator[Change]:
@@ -223,28 +262,33 @@ def _another_format(asked: Asked, layout: Layout, placement: Placement) -> Itera
     for kv_format in KV_FORMATS[at + 1 :]:
         changed = dataclasses.replace(asked, kv_format=kv_format)
         try:
-            fit = _fit(changed, layout, placement)
+            spread = _placed(changed, layout)
         except PyrosomeError:  # a shape that this format does not store
             continue
-        if fit:
+        if spread:
             text = f"rows stored as {kv_format} instead of {asked.kv_format}"
-            yield Change("kv_format", text, changed, layout, placement)
+            yield Change("kv_format", text, changed, layout, spread)
             return
 
 
 def _fewer_sessions(asked: Asked, layout: Layout, placement: Placement) -> Iterator[Change]:
-    found = most_sessions(asked, layout, placement)
+    found = room(asked, layout)
     if 0 < found < asked.sessions:
-        changed = dataclasses.replace(asked, sessions=found, prefilling=min(asked.prefilling, found))
+        changed = _with_sessions(asked, found)
         text = f"{found:,} session{'s' if found > 1 else ''} instead of {asked.sessions:,}"
-        yield Change("sessions", text, changed, layout, placement)
+        yield Change("sessions", text, changed, layout, place_experts(changed, layout))
 
 
 def _shorter(asked: Asked, layout: Layout, placement: Placement) -> Iterator[Change]:
-    found = longest_context(asked, layout, placement)
-    if asked.context // SHORTEST <= found < asked.context:
-        text = f"a context of {found:,} tokens instead of {asked.context:,}"
-        yield Change("context", text, dataclasses.replace(asked, context=found), layout, placement)
+    def shorter(blocks: int) -> Asked:
+        return dataclasses.replace(asked, context=blocks * BLOCK_TOKENS)
+
+    least = max(asked.shared_prefix, asked.prompt, asked.context // SHORTEST, 1)
+    low, high = -(-least // BLOCK_TOKENS), (asked.context - 1) // BLOCK_TOKENS
+    found = most(lambda n: _placed(shorter(n), layout) is not None, low, high)
+    if low <= found <= high:
+        text = f"a context of {found * BLOCK_TOKENS:,} tokens instead of {asked.context:,}"
+        yield Change("context", text, shorter(found), layout, place_experts(shorter(found), layout))
 
 
 def _more_ram(asked: Asked, layout: Layout, placement: Placement) -> Iterator[Change]:
@@ -255,12 +299,20 @@ def _more_ram(asked: Asked, layout: Layout, placement: Placement) -> Iterator[Ch
     spread = placement if is_enough else _spread_if_needed(endless, layout) if machine.device.kind == "gpu" else None
     if spread is None:
         return
-    needed = math.ceil(_used("RAM", endless, layout, spread) / GIB)
-    changed = dataclasses.replace(asked, machine=dataclasses.replace(machine, ram_bytes=needed * GIB))
-    if needed * GIB <= machine.ram_bytes or not _fit(changed, layout, spread):
+
+    def with_ram(units: int) -> Asked:
+        return dataclasses.replace(asked, machine=dataclasses.replace(machine, ram_bytes=units * GIB))
+
+    enough = math.ceil(_used("RAM", endless, layout, spread) / GIB)
+    # A drive may hold what is in RAM where that is endless.
+    needed = most(lambda n: _placed(with_ram(n), layout) is None, machine.ram_bytes // GIB + 1, enough - 1) + 1
+    changed = with_ram(needed)
+    if needed * GIB <= machine.ram_bytes or not (found := _placed(changed, layout)):
         return
-    _, there, _ = spread.counts(asked.model.config.n_routed_experts)
-    moved = f"{there} of {asked.model.config.n_routed_experts} experts of each layer in RAM, " if there else ""
+    spread, E = found, asked.model.config.n_routed_experts
+    _, there, far = spread.counts(E)
+    moved = f"{there} of {E} experts of each layer in RAM, " if there else ""
+    moved += f"{far} of {E} on NVMe, " if far else ""
     more = f"{gib(needed * GIB - machine.ram_bytes)} more than there are" if machine.ram_bytes else "if it has so much"
     yield Change("ram", f"{moved}{needed:,} GiB of RAM in all ({more})", changed, layout, spread)
 
@@ -306,13 +358,13 @@ def _devices(asked: Asked, layout: Layout, placement: Placement) -> Iterator[Cha
     def with_devices(count: int) -> Change | None:
         other = Layout.of(layout.mode, count)
         changed = dataclasses.replace(asked, machine=dataclasses.replace(machine, count=count, price_usd_hour=None))
-        spread = place_experts(changed, other)
-        if not _fit(changed, other, spread):
+        spread = _placed(changed, other)
+        if spread is None:
             return None
         return Change("devices", f"{count} devices instead of {machine.count}", changed, other, spread)
 
-    config, more = asked.model.config, range(machine.count + 1, MAX_DEVICES + 1)
-    counts = [n for n in more if not Layout.of(layout.mode, n).why_not(config)]
+    more = range(machine.count + 1, MAX_DEVICES + 1)
+    counts = [n for n in more if not why_not(asked, Layout.of(layout.mode, n))]
     if counts and with_devices(counts[-1]):  # else there is nothing to look for
         yield next(change for count in counts if (change := with_devices(count)))
 

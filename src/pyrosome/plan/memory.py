@@ -139,13 +139,16 @@ class Site:
                 alike[sort] = self._device(rank)
             place = alike[sort]
             devices.append(place if self.is_cpu else dataclasses.replace(place, name=f"{machine.device.name} {rank}"))
-        on_host = [] if self.has_one_memory else self._on_host()
-        on_disk = self._on_disk()
-        if on_host:
-            devices.append(Place("RAM", machine.ram_bytes, _items(on_host)))
-        if on_disk or machine.nvme_bytes:
-            devices.append(Place("NVMe", machine.nvme_bytes, _items(on_disk)))
-        return tuple(devices)
+        return (*devices, *self.hosts())
+
+    def hosts(self) -> tuple[Place, ...]:
+        """RAM that is not a device's own, then NVMe."""
+        machine, found = self.asked.machine, []
+        if on_host := [] if self.has_one_memory else self._on_host():
+            found.append(Place("RAM", machine.ram_bytes, _items(on_host)))
+        if (on_disk := self._on_disk()) or machine.nvme_bytes:
+            found.append(Place("NVMe", machine.nvme_bytes, _items(on_disk)))
+        return tuple(found)
 
     def _sort(self, rank: int) -> object:
         """Ranks of one sort hold as much as another."""
@@ -258,10 +261,11 @@ class Site:
     @functools.cached_property
     def parked_room(self) -> int:
         """How many parked sessions memory holds beside everything else."""
-        bare = Site(dataclasses.replace(self.asked, parked=0), self.layout, self.placement, self.sessions).places()
+        bare = Site(dataclasses.replace(self.asked, parked=0), self.layout, self.placement, self.sessions)
         if self.has_one_memory:
-            return sum(max(0, p.free_bytes) // self.parked.ram_bytes for p in bare[: self.layout.ranks])
-        free = sum(p.free_bytes for p in bare if p.name == "RAM")
+            least = min(p.free_bytes for p in bare.places()[: self.layout.ranks])  # each keeps as much as another
+            return max(0, least) * self.layout.ranks // self.parked.ram_bytes
+        free = sum(p.free_bytes for p in bare.hosts() if p.name == "RAM")
         return max(0, free) // self.parked.ram_bytes
 
     @property

@@ -12,7 +12,7 @@ from pyrosome.errors import RequestError
 from pyrosome.options import require_integer
 from pyrosome.plan.cost import cost_of
 from pyrosome.plan.estimate import estimated
-from pyrosome.plan.fitting import MAX_SESSIONS, changes, lacking, most_sessions, place_experts, session_bytes, told
+from pyrosome.plan.fitting import MAX_SESSIONS, changes, lacking, place_experts, room, session_bytes, told, why_not
 from pyrosome.plan.hardware import Machine
 from pyrosome.plan.inventory import Model
 from pyrosome.plan.layout import MODES, Layout, Placement
@@ -40,7 +40,7 @@ def make_plans(asked: Asked, estimate: Estimate = estimated) -> list[Plan]:
 
     Those that keep all experts on the devices go before those that do not, which are slower by far.  All are of one
     machine, so its price decides nothing between them.  On one device every mode is the same, and there is one plan.
-    Modes that this model cannot be shared in are left out of "auto".
+    Modes in which the model cannot be shared by these devices are left out of "auto".
 
     Args:
         estimate: how fast a way to run it is.
@@ -50,12 +50,12 @@ def make_plans(asked: Asked, estimate: Estimate = estimated) -> list[Plan]:
         PlanError: weights of a sort that this kind of device does not hold.
     """
     check(asked)
-    config, count = asked.model.config, asked.machine.count
+    count = asked.machine.count
     modes = [asked.mode] if asked.mode != "auto" else list(MODES if count > 1 else MODES[:1])
     layouts = [Layout.of(mode, count) for mode in modes]
-    possible = [layout for layout in layouts if not layout.why_not(config)]
+    possible = [layout for layout in layouts if not why_not(asked, layout)]
     if not possible:
-        raise RequestError(f"{asked.mode} over {count} devices: {layouts[0].why_not(config)}; take fewer, or mode auto")
+        raise RequestError(f"{asked.mode} over {count} devices: {why_not(asked, layouts[0])}; take fewer, or mode auto")
     placed = [(layout, place_experts(asked, layout)) for layout in possible]
     plans = [(_plan(asked, *both, estimate), both[1].experts_on_device < 1) for both in placed]
     return [plan for plan, _ in sorted(plans, key=lambda p: _rank(*p))]
@@ -91,7 +91,7 @@ def _plan(asked: Asked, layout: Layout, placement: Placement, estimate: Estimate
 
 def _sessions(asked: Asked, layout: Layout, placement: Placement, site: Site) -> Sessions:
     return Sessions(
-        decoding=most_sessions(asked, layout, placement),
+        decoding=room(asked, layout),
         prefilling=asked.prefilling,
         parked_ram=site.parked_room,
         parked_disk=max(0, site.disk_room) // site.parked.disk_bytes,

@@ -110,6 +110,7 @@ def streams(config: ModelConfig, kv_format: str, drafts: bool) -> tuple[tuple[in
     return all_streams(config, kv_format, drafts)
 
 
+@functools.lru_cache(maxsize=1024)
 def snapshot_bytes(config: ModelConfig, kv_format: str, length: int, drafts: bool) -> int:
     """Bytes of one state after `length` tokens, as `cache.state` copies it."""
     return sum(_kept_bytes(config, s, layer, length) for layer, s in streams(config, kv_format, drafts))
@@ -136,6 +137,7 @@ class Parked:
     disk_bytes: int
 
 
+@functools.lru_cache(maxsize=1024)
 def parked(config: ModelConfig, kv_format: str, context: int, shared: int, drafts: bool) -> Parked:
     """What an idle session of `context` tokens takes in host memory, and in files."""
     block = sum(

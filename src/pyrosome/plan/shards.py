@@ -173,6 +173,8 @@ def stages(layer_bytes: Sequence[int], num_stages: int) -> list[range]:
     for s in range(1, num_stages + 1):
         for stop in range(s, num - (num_stages - s) + 1):
             for at in range(s - 1, stop):
+                if best[s - 1][at] >= best[s][stop]:
+                    break  # nor are later cuts better: what is before them only grows
                 largest = max(best[s - 1][at], before[stop] - before[at])
                 if largest < best[s][stop]:
                     best[s][stop], start[s][stop] = largest, at
