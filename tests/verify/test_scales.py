@@ -73,6 +73,7 @@ DAMAGE = {
         "as in noise",
     ),
     "a float that is infinite": (FLOAT, lambda a: set_to(slice(0, 2), (0x80, 0x7F))(a), "floats", "NaN or infinite"),
+    "a float whose exponent lost a bit": (FLOAT, set_to(slice(0, 2), (0x00, 0x7E)), "floats", "no weight is above"),
     "floats that are all zero": (FLOAT, lambda a: a * 0, "floats", "are zero"),
     "an expert that there is not": (TABLE, set_to(0, 99), "tables", "names experts 0 to 99"),
     "an expert named twice": (TABLE, lambda a: set_to(slice(0, 8), a[8:16])(a), "tables", "twice"),
@@ -93,6 +94,24 @@ def test_a_block_that_is_not_zero_under_a_tiny_scale_is_named(path):
     changed(path, f"{FP4}.scale", set_to(0, 2))
     (named,) = (f for f in found(path) if f.what == f"{FP4}.weight")
     assert named.ok is False and "the block at (0, 0)" in named.detail
+
+
+TWINS = {
+    "layers.2.ffn.experts.1.w1.weight": ("layers.1.ffn.experts.1.w1.weight", "FP4 codes"),
+    "layers.3.attn.wq_b.weight": ("layers.1.attn.wq_b.weight", "FP8 codes"),
+    "layers.3.attn.compressor.wkv.weight": ("layers.1.attn.compressor.wkv.weight", "floats"),
+}
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_a_tensor_in_the_place_of_another_is_named(name, tmp_path):
+    other, sort = TWINS[name]
+    shutil.copytree(locate("builtin:nano"), path := tmp_path / "nano")
+    rewrite(path, {name: read_entries(path / SHARD)[other]})
+    findings = found(path)
+    (named,) = (f for f in findings if f.what in (name, other))
+    assert failed(findings) == {named.what, sort}
+    assert f"the same bytes as {({name, other} - {named.what}).pop()}" in named.detail
 
 
 def test_many_damaged_tensors_are_counted_and_not_all_listed(path):

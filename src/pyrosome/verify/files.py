@@ -190,7 +190,10 @@ def _sums(wanted: Wanted, folder: Path, index: CheckpointIndex | None) -> Iterat
     shards |= {p.name for p in folder.glob("*.safetensors")}
     names = sorted(shards | sums.keys())
     if not sums:
-        why = f"no {SUMS_NAME} is beside the shards and --checksums names none, so nothing is compared"
+        why = (
+            f"no {SUMS_NAME} is beside the shards and --checksums names none, so nothing is compared: a changed byte "
+            "that leaves values plausible would not be found"
+        )
         yield Finding("files", "checksums", None, why)
         if wanted.quick:
             return

@@ -1,12 +1,14 @@
 """`verify`'s check of the values: scales, codes and numbers, tensor by tensor, never more than one at a time.
 
-What is damaged fails: NaN, codes that carry no information, scales that no training gives.  What is only unlike its
-own kind is told: a tensor whose values are far smaller or larger than its siblings' in other layers.
+What is damaged fails: NaN, codes that carry no information, scales and values that no training gives, one tensor in
+another's place.  What is only unlike its own kind is told: a tensor whose values are far smaller or larger than its
+siblings' in other layers.
 Shape letters: N output rows, K inputs.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 import random
 import re
@@ -17,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyrosome.checkpoint.headers import TensorInfo
 from pyrosome.checkpoint.index import CheckpointIndex, open_checkpoint
 from pyrosome.checkpoint.load import read_tensors
 from pyrosome.checkpoint.names import IGNORED, Kind, TensorSpec, scale_name
@@ -33,7 +36,9 @@ MAX_BELOW = 24  # binades below it, of blocks that are not zero
 # Codes of trained weights are bell-shaped: the share of each of e2m1's 15 values is far from even, as it is in noise.
 LEAST_FROM_EVEN = 0.02  # total variation distance from an even histogram
 MOST_OF_ONE = 0.999  # share of the commonest code
-MIN_CODES = 4096  # fewer say nothing about a histogram
+MIN_CODES = 4096  # fewer say nothing about a histogram, and may be the same in two tensors by chance
+# Weights, biases and sinks are within some hundreds; a bit that fell over in an exponent gives 2^64 times a value.
+MAX_VALUE = 2.0**24
 # A matrix's RMS against those of its kind: log RMS, by median and median absolute deviation.  Vectors and the small
 # matrices of hyper-connections differ by layer as they were trained to.
 MAX_Z, MIN_RATIO, MIN_ALIKE = 8.0, 2.0, 8
@@ -70,6 +75,7 @@ class _Survey:
         self.tensors: dict[str, int] = defaultdict(int)  # of each sort of storage
         self.failed: dict[str, int] = defaultdict(int)
         self.rms: dict[str, dict[str, float]] = defaultdict(dict)  # kind of tensor -> tensor -> RMS
+        self.alike: dict[tuple[object, ...], str] = {}  # kind, shape and what was counted -> the first such tensor
         self.fp4_counts = torch.zeros(16, dtype=torch.int64)
         self.scale_counts = torch.zeros(256, dtype=torch.int64)
 
@@ -130,6 +136,8 @@ class _Survey:
                 "E8M0 scales", name,
                 f"a scale is 2^{above} times the median scale 2^{median - 127}; 2^{MAX_ABOVE} is the bound",
             )  # fmt: skip
+        elif problem := self._twin(name, _digest(counts)):
+            yield self._fail("E8M0 scales", name, problem)
 
     def _tensor(self, name: str, value: Tensor | QuantTensor) -> Iterator[Finding]:
         kind = self.kinds.get(name)
@@ -150,7 +158,7 @@ class _Survey:
 
     def _quantised(self, name: str, value: QuantTensor) -> str:
         counts = torch.zeros(256, dtype=torch.int64)
-        squares, num = 0.0, 0
+        squares, num, largest = 0.0, 0, 0.0
         lowest = int(value.scale.view(torch.uint8).float().median()) - MAX_BELOW
         for rows in self._row_pieces(value.shape):
             part = _rows(value, rows)
@@ -158,6 +166,7 @@ class _Survey:
             values = part.dequantize()
             squares += float(values.double().square().sum())
             num += values.numel()
+            largest = max(largest, float(values.abs().max()))
         if value.format == "fp8" and (num_nan := int(counts[0x7F] + counts[0xFF])):
             return f"{num_nan:,} of {num:,} codes are NaN (bytes 127 and 255)"
         codes = _nibbles(counts) if value.format == "fp4" else counts
@@ -165,26 +174,29 @@ class _Survey:
             self.fp4_counts += codes
         if problem := _histogram(codes):
             return problem
-        if problem := _too_low(value, lowest):
+        if problem := _too_low(value, lowest) or _too_large(largest) or self._twin(name, _digest(counts)):
             return problem
         self._keep_rms(name, squares, num)
         return ""
 
     def _floats(self, name: str, value: Tensor, kind: Kind | None) -> str:
-        bad, squares, num = 0, 0.0, 0
+        bad, squares, num, largest = 0, 0.0, 0, 0.0
         flat = value.reshape(-1, value.shape[-1]) if value.dim() > 1 else value.reshape(1, -1)
         for rows in self._row_pieces(tuple(flat.shape)):
             part = flat[rows].float()
             bad += int((~part.isfinite()).sum())
             squares += float(part.double().square().sum())
             num += part.numel()
+            largest = max(largest, float(part.abs().max()))
         if bad:
             return f"{bad:,} of {num:,} values are NaN or infinite"
+        if problem := _too_large(largest):
+            return problem
         if squares == 0 and kind not in _MAY_BE_ZERO:
             return f"all {num:,} values looked at are zero"
         if squares:
             self._keep_rms(name, squares, num)
-        return ""
+        return self._twin(name, squares) if squares and kind in _COMPARED else ""
 
     def _table(self, name: str, value: Tensor) -> str:
         low, high, experts = int(value.min()), int(value.max()), self.index.config.n_routed_experts
@@ -209,6 +221,16 @@ class _Survey:
         if self.kinds.get(name) in _COMPARED:
             self.rms[_NUMBER.sub("*", name)][name] = math.sqrt(squares / max(1, num))
 
+    def _twin(self, name: str, counted: object) -> str:
+        """Which tensor of its kind has the same bytes; "" where none has.  Only those that count alike are read."""
+        info = self.index.tensors[name]
+        if math.prod(info.shape) < MIN_CODES:
+            return ""
+        first = self.alike.setdefault((_NUMBER.sub("*", name), info.shape, counted), name)
+        if first == name or not _same_bytes(self.index.tensors[first], info):
+            return ""
+        return f"holds the same bytes as {first}: one of them was written in the other's place"
+
     def _fail(self, sort: str, name: str, detail: str) -> Finding:
         self.failed[sort] += 1
         return Finding("scales", name, False, detail, {"sort": sort})
@@ -217,9 +239,9 @@ class _Survey:
         """One finding of each sort of storage, then what is unlike its kind."""
         bounds = {
             "E8M0 scales": f"no NaN, none above 2^{MAX_ABOVE} times its tensor's median",
-            "FP8 codes": "no NaN, more than one code",
-            "FP4 codes": "neither one code alone nor noise",
-            "floats": "no NaN, none infinite, no matrix of zeros",
+            "FP8 codes": "no NaN, more than one code, none the same in two",
+            "FP4 codes": "neither one code alone nor noise, none the same in two",
+            "floats": f"no NaN, none above 2^{math.log2(MAX_VALUE):g}, no matrix of zeros, none the same in two",
             "tables": "experts there are, none twice",
         }
         plots = {"FP4 codes": self._fp4_plot, "E8M0 scales": self._scale_plot}
@@ -306,6 +328,27 @@ def _histogram(codes: Tensor) -> str:
     if (apart := float((share - 1 / len(codes)).abs().sum() / 2)) < LEAST_FROM_EVEN:
         return f"all {len(codes)} codes are equally frequent (within {apart:.4f}), as in noise: these are not weights"
     return ""
+
+
+def _too_large(largest: float) -> str:
+    if largest <= MAX_VALUE:
+        return ""
+    return f"a value is {largest:.2g} in size; no weight is above 2^{math.log2(MAX_VALUE):g}"
+
+
+def _digest(counts: Tensor) -> bytes:
+    return hashlib.blake2b(counts.numpy().tobytes(), digest_size=16).digest()
+
+
+def _same_bytes(one: TensorInfo, other: TensorInfo) -> bool:
+    with open(one.file, "rb") as f, open(other.file, "rb") as g:
+        f.seek(one.begin)
+        g.seek(other.begin)
+        for at in range(0, one.nbytes, PIECE_VALUES):
+            size = min(PIECE_VALUES, one.nbytes - at)
+            if f.read(size) != g.read(size):
+                return False
+    return one.nbytes == other.nbytes
 
 
 def _nibbles(bytes_256: Tensor) -> Tensor:
