@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from pyrosome.checkpoint.index import locate
+from pyrosome.verify import scales
 from pyrosome.verify.finding import Wanted
 from pyrosome.verify.scales import check, outliers
 from tests.checkpoint.files import SHARD, copied, read_entries, rewrite
@@ -112,6 +113,15 @@ def test_a_tensor_in_the_place_of_another_is_named(name, tmp_path):
     (named,) = (f for f in findings if f.what in (name, other))
     assert failed(findings) == {named.what, sort}
     assert f"the same bytes as {({name, other} - {named.what}).pop()}" in named.detail
+
+
+def test_scales_in_the_place_of_others_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(scales, "MIN_CODES", 256)  # the built-in model's are few
+    shutil.copytree(locate("builtin:nano"), path := tmp_path / "nano")
+    name, other = (f"layers.{i}.ffn.experts.1.w1.scale" for i in (2, 1))
+    rewrite(path, {name: read_entries(path / SHARD)[other]})
+    (named,) = (f for f in found(path) if f.what in (name, other))
+    assert named.ok is False and "the same bytes as layers." in named.detail
 
 
 def test_many_damaged_tensors_are_counted_and_not_all_listed(path):
