@@ -97,8 +97,8 @@ POINTS = (
     Published("2x DGX Spark, prompt of 900K", 875, 875, machine("gb10:2"), prompt=900_000),
     Published("8x A100, first token of 512K", 74.8, 74.8, machine("a100-80:8"), prompt=512 << 10, unit="s"),
 )  # fmt: skip
-# Both of other engines: one reads the experts of two sockets across them; the other leaves most of its memory bus and
-# arithmetic idle, which its users have measured.
+# Both of other engines, and why is a guess: one may read the experts of two sockets across them; of the other its users
+# report an idle memory bus.
 OUTSIDE = {"RTX PRO 6000, experts in 2x EPYC 9B14", "EPYC 9V45, 4 bits, prompt of 4,096"}
 
 
