@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -23,10 +24,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from bench import measure, records
+from bench.our_side import CHUNK
 from pyrosome.checkpoint.index import open_checkpoint
 from pyrosome.checkpoint.load import read_tensors
 from pyrosome.checkpoint.save import save_checkpoint
 from pyrosome.config import ModelConfig
+from pyrosome.plan.inventory import Model
+from pyrosome.plan.work import Load
 from pyrosome.quant import QuantTensor
 from pyrosome.testing.checkpoints import random_checkpoint
 
@@ -91,6 +95,18 @@ def passes(logits: list[dict[str, float]], tokens_agree: bool) -> bool:
     return tokens_agree and all(d["max_abs"] <= TOLERANCE for d in logits)
 
 
+def predicted(config: ModelConfig, rows: dict[str, float]) -> list[dict[str, Any]]:
+    """Our rates beside those that the planner predicts."""
+    beside = records.Predictions("peers", Model.of(config, 0))
+    for name, rate in rows.items():
+        found = re.fullmatch(r"prefill ([\d,]+) \(tok/CPU-s\)", name)
+        if found:
+            beside.prompt(int(found[1].replace(",", "")), CHUNK, rate)
+    decoding = Load(1, 1, measure.DECODED_AFTER + measure.DECODED // 2)
+    beside.step(decoding, rows["decode (tok/CPU-s)"])
+    return beside.lines
+
+
 def main() -> int:
     """Run the comparison; the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -111,6 +127,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         make_checkpoints(folder / "official", folder / "plain", measure.SHAPES[args.shape])
+        config = open_checkpoint(folder / "official").config
         for _ in range(rounds):
             sides = ((args.hf_python, "hf_side.py", "plain"), (sys.executable, "our_side.py", "official"))
             (their, their_logits), (our, our_logits) = (
@@ -137,7 +154,7 @@ def main() -> int:
         record = {**where, "bench": "peers", "shape": args.shape, "numerics": "trained", "torch": ours[0]["torch"],
                   "their_torch": theirs[0]["torch"], "their_engine": theirs[0]["engine"],
                   "their_experts": theirs[0]["experts"], "ours": our_rows, "theirs": their_rows, "logits": worst,
-                  "same_tokens": tokens_agree, "linear": ours[-1]["linear"], "rounds": rounds,
+                  "predicted": predicted(config, our_rows), "same_tokens": tokens_agree, "linear": ours[-1]["linear"], "rounds": rounds,
                   "repeats": repeats}  # fmt: skip
         records.append(Path(__file__).parent / "results" / "peers.jsonl", record)
     return 0 if passes(logits, tokens_agree) else 1

@@ -15,7 +15,7 @@ from pyrosome.plan import history
 from pyrosome.plan.hardware import machine as planned_machine
 from pyrosome.plan.inventory import Model
 from pyrosome.plan.layout import Layout, Placement
-from pyrosome.plan.speed import coefficients_for, step_time
+from pyrosome.plan.speed import coefficients_for, prompt_time, step_time
 from pyrosome.plan.work import Load
 
 HERE = Path(__file__).parent
@@ -88,6 +88,12 @@ class Predictions:
         tokens = load.sequences * load.tokens
         about = f"{load.sequences} x {load.tokens:,} at {load.context:,}"
         self.rate("decode" if load.tokens == 1 else "prefill", about, tokens / self.seconds(load), measured)
+
+    def prompt(self, tokens: int, step_tokens: int, measured: float) -> None:
+        """Tokens per second of a whole prompt on an empty cache, in steps of `step_tokens`."""
+        one = Layout.of("tp", 1)
+        time = prompt_time(self.model, self.here, one, Placement(), tokens, self.coefficients, step_tokens=step_tokens)
+        self.rate("prefill", f"{tokens:,} by {step_tokens:,}", tokens / time.seconds, measured)
 
     def rate(self, kind: str, about: str, predicted: float, measured: float) -> None:
         """Print and keep one pair of rates."""

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from bench import measure, peers, records
+from pyrosome.config import ModelConfig
 
 
 def a_round(rate: float, peak: float) -> dict:
@@ -25,6 +26,17 @@ def test_rounds_merge_to_medians_of_rates_and_maxima_of_peaks():
         "prefill 128 (tok/s)": 75, "decode (tok/s)": 7.5,
         "prefill 128 peak (MB)": 24.0, "decode peak (MB)": 3.0,
     }  # fmt: skip
+
+
+def test_our_rates_are_told_beside_those_that_are_predicted(capsys):
+    shape = measure.SHAPES["small"]
+    config = ModelConfig.preset("flash", **shape.config, compress_ratios=shape.ratios, num_nextn_predict_layers=0)
+    rows = {"prefill 1,024 (tok/CPU-s)": 50.0, "prefill 1,024 (tok/s)": 40.0, "decode (tok/CPU-s)": 10.0}
+    found = peers.predicted(config, rows)
+    assert [(x["kind"], x["about"], x["measured"]) for x in found] == [
+        ("prefill", "1,024 by 1,024", 50.0), ("decode", "1 x 1 at 1,040", 10.0),
+    ]  # fmt: skip
+    assert all(x["predicted"] > 0 for x in found) and "50.0 measured" in capsys.readouterr().out
 
 
 def test_peaks_too_small_to_compare_have_no_ratio():
