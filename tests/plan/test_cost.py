@@ -34,6 +34,15 @@ def test_an_hour_of_prompts_or_of_answers_costs_an_hour():
         assert getattr(cost.million_out, end) * getattr(speed.total_tok_s, other) * 3600 / 1e6 == pytest.approx(7.2)
 
 
+def test_replicas_that_compute_prompts_beside_one_another_share_the_bill():
+    one, several = (
+        make_plan(Asked(MODEL, gpus(2, price=7.2), context=512, sessions=4, kv_format="f32", mode=mode), even).cost
+        for mode in ("tp", "dp")
+    )
+    assert several.million_in.mid == pytest.approx(one.million_in.mid / 2)
+    assert several.million_out == one.million_out  # of all sessions together already
+
+
 def test_cached_tokens_cost_the_memory_they_take_for_as_long_as_a_turn_lasts():
     # All the history there is room for, held for an hour by turns of 0.5 s of prompt and 50 s of answer, costs an hour.
     asked, _, cost = priced(prompt=500, output=500)

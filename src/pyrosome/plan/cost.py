@@ -1,7 +1,8 @@
 """What it costs: by the hour, by the session, by the token.
 
 Conventions, since one machine's bill is divided among what it computes:
-- a prompt token that has to be computed costs the time in which the whole machine computes it;
+- a prompt token that has to be computed costs the time in which the whole machine computes it; replicas, which have
+  sessions of their own, compute as many prompts at once;
 - an output token costs its share of a step in which all sessions decode;
 - a cached token costs memory, not time: its share of the history there is room for, for as long as a turn lasts (its
   prompt and its answer).
@@ -16,8 +17,12 @@ MONTH_HOURS = 730
 MILLION = 1_000_000
 
 
-def cost_of(asked: Asked, sessions: Sessions, speed: Speed) -> Cost | None:
-    """What a plan costs at the asked load; None where the machine's price is not known."""
+def cost_of(asked: Asked, sessions: Sessions, speed: Speed, replicas: int = 1) -> Cost | None:
+    """What a plan costs at the asked load; None where the machine's price is not known.
+
+    Args:
+        replicas: groups of devices that each compute prompts at the speed's rate.
+    """
     hour = asked.machine.price_usd_hour
     if hour is None:
         return None
@@ -28,7 +33,7 @@ def cost_of(asked: Asked, sessions: Sessions, speed: Speed) -> Cost | None:
         hour=hour,
         month=hour * MONTH_HOURS,
         session_hour=hour / asked.sessions,
-        million_in=_times(second * MILLION, _inverse(speed.prefill_tok_s)),
+        million_in=_times(second * MILLION / replicas, _inverse(speed.prefill_tok_s)),
         million_cached=_times(second * MILLION / held, turn),
         million_out=_times(second * MILLION, _inverse(speed.total_tok_s)),
     )

@@ -83,7 +83,7 @@ def _plan(asked: Asked, layout: Layout, placement: Placement, estimate: Estimate
         places=where,
         sessions=sessions,
         speed=speed,
-        cost=cost_of(asked, sessions, speed) if speed else None,
+        cost=cost_of(asked, sessions, speed, layout.replicas) if speed else None,
         options=_options(asked, layout, placement, site),
         notes=tuple(_notes(asked, layout, placement, site)),
     )
