@@ -14,6 +14,7 @@ from pyrosome.plan.planner import make_plan
 from pyrosome.testing.shapes import tiny
 from tests.plan.machines import even, gpus
 
+BACKWARDS, BELOW = {"low": 9, "mid": 5, "high": 1}, {"low": -1, "mid": 0, "high": 1}
 MODEL = Model.of(tiny(), 1, "bf16")
 FITS = make_plan(Asked(MODEL, gpus(1, price=1.5), context=1024, kv_format="f32", sessions=2), even)
 SHORT = make_plan(Asked(MODEL, gpus(2, 1600, ram=1 << 30), context=8192, kv_format="f32", sessions=100_000), even)
@@ -61,6 +62,12 @@ def changed(**fields) -> str:
         (changed(asked={}), "sessions None"),
         (changed(asked={**FITS.asked, "context": -1}), "context -1"),
         (changed(asked={**FITS.asked, "sessions": True}), "sessions True"),
+        (changed(asked={**FITS.asked, "machine": 5}), "devices None"),
+        (changed(asked={**FITS.asked, "machine": {"count": "2"}}), "devices '2'"),
+        (changed(sessions={**dataclasses.asdict(FITS.sessions), "decoding": -3}), "below 0"),
+        (changed(speed={**dataclasses.asdict(FITS.speed), "decode_tok_s": [1]}), "object"),
+        (changed(speed={**dataclasses.asdict(FITS.speed), "decode_tok_s": BACKWARDS}), "decode_tok_s goes from 9"),
+        (changed(cost={**dataclasses.asdict(FITS.cost), "million_in": BELOW}), "million_in goes from -1"),
         (changed(places=[{"name": "x", "total_bytes": -1, "items": []}]), "x holds"),
         (
             changed(places=[{"name": "x", "total_bytes": 1, "items": [{"name": "y", "kind": "z", "num_bytes": 1}]}]),

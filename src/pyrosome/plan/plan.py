@@ -169,10 +169,19 @@ class Plan:
             return f"its mode is {self.mode!r}, which is none of {', '.join(MODES)}"
         if unknown := sorted(set(self.options) - set(OPTIONS)):
             return f"its options name {', '.join(unknown)}, which a plan does not set"
-        for name in ("sessions", "context"):
-            value = self.asked.get(name)
+        machine = self.asked.get("machine")
+        devices = machine.get("count") if isinstance(machine, dict) else None
+        counts = {"sessions": self.asked.get("sessions"), "context": self.asked.get("context"), "devices": devices}
+        for name, value in counts.items():
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 return f"what was asked has {name} {value!r}, where an integer from 1 was expected"
+        if min(dataclasses.astuple(self.sessions)) < 0:
+            return "its sessions have a number below 0"
+        for figures in (self.speed, self.cost):
+            for f in dataclasses.fields(figures) if figures else ():
+                band = getattr(figures, f.name)
+                if isinstance(band, Band) and not 0 <= band.low <= band.mid <= band.high:
+                    return f"{f.name} goes from {band.low:g} over {band.mid:g} to {band.high:g}"
         for place in self.places:
             if place.total_bytes < 0 or any(i.num_bytes < 0 or i.kind not in KINDS for i in place.items):
                 return f"{place.name} holds what has no size or no sort"
