@@ -243,6 +243,17 @@ def test_a_user_s_file_joins_and_replaces_what_is_known(tmp_path):
         ('name = "mine"', 'name = "mine', "is not TOML"),
         ("title", "aliases = [1]\ntitle", "a list of names is expected"),
         ("[[gpu]]", ENTRY + "[[gpu]]", "is there twice"),
+        ("gb_s = 1000", f"gb_s = {'9' * 400}", "a number above 0"),
+        ("gb_s = 1000", f"gb_s = {'9' * 5000}", "is not TOML"),
+        ("gb = 40, mib = 40000", 'gb = ["a", "b"], mib = [1, 2]', "mine.memory.gb is 'a'"),
+        ('name = "mine"', 'name = "---"', "letters and digits"),
+        ('name = "mine"', 'name = "mine:2"', "letters and digits"),
+        (ENTRY, "gpu = [1]", "has gpu 1; each entry begins with [[gpu]]"),
+        (ENTRY, "vectors = 5", "a table [vectors]"),
+        (ENTRY, "[vectors]\nown = 5", "vectors.own is 5"),
+        (ENTRY, '[vectors]\nown = { f32 = 2 }', "vectors.own is {'f32': 2}"),
+        (ENTRY, '[vectors]\nown = { how = "x", f32 = -2 }', "vectors.own.f32 is -2"),
+        (ENTRY, '[vectors]\nown = { how = "x", f32 = 2, int2 = 4 }', "vectors.own has 'int2'"),
     ],
 )  # fmt: skip
 def test_a_user_s_file_of_another_form_is_refused_with_the_field(tmp_path, old, new, said):

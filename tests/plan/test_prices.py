@@ -123,6 +123,7 @@ def test_a_device_of_a_user_s_own_can_be_priced(tmp_path, file):
         ("source", "origin", "has 'origin'"),
         ('source = "our own quotes"', "source = 3", "a source that is no text"),
         ("[[configuration]]", "[configuration", "is not TOML"),
+        ("usd_hour = 7\n", f"usd_hour = {'9' * 5000}\n", "is not TOML"),
     ],
 )
 def test_a_list_of_another_form_is_refused_with_entry_and_field(file, old, new, said):

@@ -61,6 +61,11 @@ def test_a_price_is_in_dollars_an_hour(text):
     assert dollars(text) == 9.42
 
 
+@pytest.mark.parametrize("price", [28.36 / 3, 1e-05, "9.4533333333333333"])
+def test_a_price_that_was_computed_is_read_with_all_its_digits(price):
+    assert dollars(price) == float(price)
+
+
 def test_a_count_begins_where_it_is_told_to():
     assert count("7", "--sessions") == 7
     assert count("0", "--parked", least=0) == 0
@@ -119,10 +124,11 @@ def test_bytes_are_shown_in_the_largest_unit_and_exactly_beside():
 
 
 def test_dollars_are_shown_in_cents_or_in_the_digits_that_count():
-    assert [show_dollars(d) for d in (9.42, 1234.5, 0.1, 0.0042, 0)] == [
+    assert [show_dollars(d) for d in (9.42, 1234.5, 0.1, 0.0042, 0.000012, 0)] == [
         "$9.42",
         "$1,234.50",
         "$0.10",
         "$0.0042",
+        "$0.000012",
         "$0.00",
     ]

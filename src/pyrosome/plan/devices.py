@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
-import math
 import re
 import tomllib
 from collections.abc import Mapping
@@ -136,17 +135,19 @@ def _by_any_name(known: Mapping[str, Device]) -> dict[str, Device]:
 def _read(text: str, file: str) -> dict[str, Device]:
     try:
         table = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also of a number with thousands of digits
         raise RequestError(f"{file} is not TOML: {error}") from None
     if extra := sorted(table.keys() - {"gpu", "unified", "cpu", "vectors"}):
         raise RequestError(f"{file} has {extra[0]!r}; a table of hardware has [[gpu]], [[unified]], [[cpu]], [vectors]")
-    vectors = {**(_vectors() if file not in _BUILT_IN else {}), **table.get("vectors", {})}
+    vectors = {**(_vectors() if file not in _BUILT_IN else {}), **_checked_vectors(table.get("vectors", {}), file)}
     found: dict[str, Device] = {}
     for kind, fields in _FIELDS.items():
         entries = table.get(kind, [])
         if not isinstance(entries, list):
             raise RequestError(f"{file} has {kind} as a {type(entries).__name__}; each entry begins with [[{kind}]]")
         for at, entry in enumerate(entries):
+            if not isinstance(entry, dict):
+                raise RequestError(f"{file} has {kind} {entry!r}; each entry begins with [[{kind}]]")
             where = f"{file}: [[{kind}]] {entry.get('name', f'number {at + 1}')!s}"
             _check(entry, fields, where)
             for d in _processors(entry, vectors, where) if kind == "cpu" else _accelerators(entry, kind, where):
@@ -162,6 +163,21 @@ def _vectors() -> Mapping[str, Any]:
     return dict(tomllib.loads(text)["vectors"])
 
 
+def _checked_vectors(found: Any, file: str) -> dict[str, Any]:
+    """Kinds of instructions, each with how it is counted and what a core does per cycle."""
+    if not isinstance(found, dict):
+        raise RequestError(f"{file} has vectors as {found!r}; a table [vectors] is expected")
+    for kind, rates in found.items():
+        where = f"{file}: vectors.{kind}"
+        if not isinstance(rates, dict) or not isinstance(rates.get("how"), str) or "f32" not in rates:
+            raise RequestError(f"{where} is {rates!r}; a table with how (a text), f32 and other types is expected")
+        if extra := sorted(rates.keys() - {"how", *FLOPS}):
+            raise RequestError(f"{where} has {extra[0]!r}; it has how, {', '.join(FLOPS)}")
+        for name in rates.keys() - {"how"}:
+            _positive(rates[name], f"{where}.{name}")
+    return found
+
+
 def _check(entry: dict[str, Any], fields: dict[str, type], where: str) -> None:
     fields = {**_COMMON, **fields}
     if extra := sorted(entry.keys() - fields.keys()):
@@ -174,6 +190,8 @@ def _check(entry: dict[str, Any], fields: dict[str, type], where: str) -> None:
             _positive(value, f"{where}.{key}", whole=kind is int)
         elif type(value) is not kind or (key not in _OPTIONAL and not value):
             raise RequestError(f"{where}.{key} is {value!r}; a {_TYPES[kind]} is expected")
+    if not plain_name(entry["name"]) or ":" in entry["name"]:
+        raise RequestError(f"{where}.name is {entry['name']!r}; letters and digits are expected, as h200-nvl")
     if not all(isinstance(a, str) for a in entry.get("aliases", [])):
         raise RequestError(f"{where}.aliases is {entry['aliases']!r}; a list of names is expected")
     for key, parts in _PARTS.items():
@@ -190,6 +208,8 @@ def _accelerators(entry: dict[str, Any], kind: str, where: str) -> list[Device]:
     if not sizes or len(sizes) != len(reported):
         raise RequestError(f"{where}.memory has {len(sizes)} of gb and {len(reported)} of mib; give one for each size")
     found = []
+    for gb in sizes:
+        _positive(gb, f"{where}.memory.gb")
     for gb, mib in zip(sizes, reported, strict=True):
         name, size = entry["name"], f"-{gb:g}" if len(sizes) > 1 else ""
         last = gb == sizes[-1]  # the largest answers to the bare name too
@@ -204,7 +224,7 @@ def _accelerators(entry: dict[str, Any], kind: str, where: str) -> list[Device]:
                 flops={k: _positive(v, f"{where}.tflops.{k}") * 1e12 for k, v in tflops.items()},
                 peer_bytes_s=_positive(links.get("peer", 0), f"{where}.links.peer", zero=True) * 1e9,
                 host_bytes_s=_positive(links.get("host", 0), f"{where}.links.host", zero=True) * 1e9,
-                vendor_gb=_positive(gb, f"{where}.memory.gb"),
+                vendor_gb=float(gb),
                 capability=entry.get("capability", ""),
                 source=f"{entry['source']}; memory: {memory.get('from', 'as given')}",
                 aliases=tuple(dict.fromkeys(aliases)) if size else tuple(entry.get("aliases", [])),
@@ -244,7 +264,8 @@ def _processors(entry: dict[str, Any], vectors: Mapping[str, Any], where: str) -
 def _positive(value: Any, where: str, *, whole: bool = False, zero: bool = False) -> Any:
     """The number, finite and above 0 (or 0 where that means none)."""
     kinds = (int,) if whole else (int, float)
-    if type(value) not in kinds or not math.isfinite(value) or value < 0 or (value == 0 and not zero) or value > 1e12:
+    # Comparisons that a NaN fails, and integers of any length do not.
+    if type(value) not in kinds or not 0 <= value <= 1e12 or (value == 0 and not zero):
         what = "whole number" if whole else "number"
         raise RequestError(f"{where} is {value!r}; a {what} {'from' if zero else 'above'} 0 is expected")
     return value if whole else float(value)

@@ -104,7 +104,7 @@ def priced(asked: Machine, file: str | Path | None = None, hardware: str | Path 
 def _read(text: str, file: str) -> tuple[Configuration, ...]:
     try:
         table = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also of a number with thousands of digits
         raise RequestError(f"{file} is not TOML: {error}") from None
     source, entries = table.pop("source", ""), table.pop("configuration", None)
     if table or not isinstance(source, str) or not isinstance(entries, list) or not entries:

@@ -18,7 +18,7 @@ LEAST_BYTES = 1 << 20  # less is a forgotten unit
 MAX_DOLLARS = 10**6  # an hour
 MAX_COUNT = 10**6
 
-_NUMBER = r"([0-9]{1,20}(?:[,_][0-9]{3}){0,6}(?:\.[0-9]{1,9})?)"
+_NUMBER = r"([0-9]{1,20}(?:[,_][0-9]{3}){0,6}(?:\.[0-9]{1,30})?)"
 _TOKENS = re.compile(rf"{_NUMBER}\s*(?:([KM])i?)?(?:\s*tokens?)?", re.IGNORECASE)
 _BYTES = re.compile(rf"{_NUMBER}\s*(?:([KMGTP])(i?)B?|B|bytes)?", re.IGNORECASE)
 _DOLLARS = re.compile(rf"(?:\$\s*|USD\s*)?{_NUMBER}\s*(?:\$|USD)?(?:\s*(?:/|an?|per)\s*(?:h|hour))?", re.IGNORECASE)
@@ -100,7 +100,7 @@ def show_bytes(num: float, *, exact: bool = False) -> str:
 
 def show_dollars(num: float) -> str:
     """Cents, and below ten of them as many digits as say something: "$9.42", "$0.0042"."""
-    return f"${num:,.2f}" if num >= 0.1 or num == 0 else f"${num:.2g}"
+    return f"${num:,.2f}" if num >= 0.1 or num == 0 else f"${Decimal(f'{num:.2g}'):f}"
 
 
 def _bytes(value: object, flag: str, base: Literal[1000, 1024], forms: str) -> int:
@@ -114,7 +114,8 @@ def _bytes(value: object, flag: str, base: Literal[1000, 1024], forms: str) -> i
 def _read(value: object, flag: str, pattern: re.Pattern[str], forms: str) -> tuple[Decimal, re.Match[str]]:
     if not isinstance(value, str | int | float):
         raise RequestError(f"{flag} is {_shown(value)} ({type(value).__name__}); {forms}")
-    match = pattern.fullmatch(str(value).strip())
+    text = f"{Decimal(repr(value)):f}" if isinstance(value, float) else str(value)  # 1e-05 is 0.00001
+    match = pattern.fullmatch(text.strip())
     if match is None:
         raise RequestError(f"{flag} is {_shown(value)}; {forms}")
     return Decimal(match[1].replace(",", "").replace("_", "")), match
