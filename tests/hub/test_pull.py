@@ -176,7 +176,10 @@ def test_a_shard_that_is_none_is_refused(source, tmp_path, junk):
         prepare(asker(server), "main", tmp_path / "here")
 
 
-@pytest.mark.parametrize("name", ["../evil.json", "/etc/evil.json", "a\\b.json", "encoding/../../evil.json", "a\nb"])
+@pytest.mark.parametrize(
+    "name",
+    ["../evil.json", "/etc/evil.json", "a\\b.json", "encoding/../../evil.json", "a\nb", f"encoding/{'n' * 250}.json"],
+)
 def test_names_that_lead_elsewhere_are_refused(hub, source, tmp_path, name):
     hub.names = ["config.json", name]
     refused(hub, tmp_path, CheckpointError, "lead elsewhere")
@@ -195,6 +198,25 @@ def test_a_file_of_somebody_else_is_not_written_over(hub, tmp_path):
     (tmp_path / "config.json").write_text("mine")
     refused(hub, tmp_path, RequestError, "config.json", "--to")
     assert (tmp_path / "config.json").read_text() == "mine"
+
+
+def test_a_shard_of_somebody_else_with_the_same_size_is_not_written_over(hub, source, tmp_path, monkeypatch):
+    monkeypatch.setattr(pull, "_SMALL_BYTES", 0)  # shards of real checkpoints are above it
+    shutil.copytree(source, target := tmp_path / "there")
+    shard = target / shards(source)[1]
+    theirs = shard.read_bytes()[:-1] + b"?"
+    shard.write_bytes(theirs)
+    refused(hub, target, RequestError, shard.name, "is not the one of", "--to")
+    assert shard.read_bytes() == theirs and Record.read(target) is None
+    refused(hub, target, RequestError, shard.name)  # the second time too
+    shard.write_bytes((source / shard.name).read_bytes())
+    offer, heard = pulled(hub, target)
+    assert heard["checked"] - heard["dropped"] == offer.num_bytes and not heard["fetched"]
+
+
+def test_a_link_of_somebody_else_is_not_written_over(hub, tmp_path):
+    (tmp_path / "config.json").symlink_to(tmp_path / "nowhere")
+    refused(hub, tmp_path, RequestError, "config.json", "is not the one of")
 
 
 def test_files_that_are_there_already_are_kept(hub, source, tmp_path):
@@ -493,6 +515,12 @@ def test_what_is_no_address_is_refused(monkeypatch, address):
         Hub(REPO)
 
 
+def test_a_password_in_an_address_is_refused_and_not_repeated():
+    with pytest.raises(RequestError, match="--mirror has a user or password in it") as caught:
+        Hub(REPO, "https://user:sekret@mirror.example")
+    assert "sekret" not in str(caught.value)
+
+
 # Disks that fill, and ends.
 
 
@@ -581,8 +609,9 @@ def test_a_survey_of_another_repository_is_refused(hub, tmp_path):
 
 @pytest.mark.parametrize(
     "text", ["", "[]", "{}", '{"version": 2}', '{"version": 1, "files": [1]}', "\xff", "[" * 10_000,
-             '{"version": 1, "repo": "a/b", "revision": "m", "commit": "c", "files": [{"name": "x", "num_bytes": null, '
-             '"sha256": null, "blob": null}]}'],
+             *(f'{{"version": 1, "repo": "a/b", "revision": "m", "commit": "c", "files": [{{"name": {name}, '
+               f'"num_bytes": {size}, "sha256": "{"0" * 64}", "blob": null}}]}}'
+               for name, size in (('"x"', "null"), ("1", "1"), ('"../x"', "1"), ('"/etc/passwd"', "1")))],
 )  # fmt: skip
 def test_a_record_that_cannot_be_read_is_named(tmp_path, text):
     (tmp_path / ".pull.json").write_bytes(text.encode("latin-1"))

@@ -16,7 +16,8 @@ from typing import Any
 from pyrosome.checkpoint.names import DTYPE_BYTES
 from pyrosome.errors import CheckpointError, MissingTensor, TruncatedFile, UnsupportedFormat
 
-MAX_HEADER_BYTES = 1 << 30
+MAX_HEADER_BYTES = 100_000_000  # the container's own limit; longer ones other readers refuse too
+_MOST, _MOST_DIMENSIONS = 1 << 63, 16  # of a dimension or an offset: numbers beyond are too long to be written
 PREFIX_BYTES = 8  # the header's length, little-endian
 _AGAIN = "download this file again"
 
@@ -104,11 +105,12 @@ def _entry(path: Path, name: str, entry: Any, start: int) -> TensorInfo:
     try:
         dtype, shape = entry["dtype"], tuple(entry["shape"])
         begin, end = entry["data_offsets"]
-        sound = all(isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in (*shape, begin, end))
+        sound = all(isinstance(v, int) and not isinstance(v, bool) and 0 <= v < _MOST for v in (*shape, begin, end))
+        sound = sound and len(shape) <= _MOST_DIMENSIONS
     except (TypeError, KeyError, ValueError):
         sound = False
     if not sound:
-        raise CheckpointError(f"the header of {path} has a malformed entry for {name}: {entry!r}; {_AGAIN}")
+        raise CheckpointError(f"the header of {path} has a malformed entry for {name}: {repr(entry)[:200]}; {_AGAIN}")
     if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
         raise UnsupportedFormat(
             f"{name} in {path} has dtype {dtype!r}; known are {', '.join(DTYPE_BYTES)}; convert the checkpoint first"

@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
@@ -20,7 +22,7 @@ from pyrosome.hub.record import PARTIAL, Claim, Record, write_sums
 from pyrosome.hub.remote import Hub, Listing, RemoteFile, check_repo
 
 MAIN = "main"
-_SMALL_BYTES = 64 << 20  # files that are compared with those of others at once
+_SMALL_BYTES = 64 << 20  # files that are compared with those of others before anybody is asked
 
 State = Literal["right", "wrong", "partial", "missing"]
 
@@ -97,7 +99,7 @@ def prepare(hub: Hub, revision: str, directory: Path) -> Offer:
     index.check().raise_if_bad()
     files = needed_files(listing, sorted({t.file.name for t in index.tensors.values()}))
     if record is None:
-        _refuse_others(directory, files, hub)
+        _refuse_others(directory, [f for f in files if not _is_long(directory, f)], hub)
     there = sum(_there(directory, f) for f in files)
     return Offer(listing, revision, moved, directory, index, files, there, _free(directory), hub.received)
 
@@ -106,13 +108,15 @@ def take(hub: Hub, offer: Offer, heard: Heard = lambda *_: None) -> dict[str, st
     """Fetch what is missing and check everything; returns SHA-256 by name, which SHA256SUMS then holds too.
 
     Raises:
-        RequestError: another process is at it, or the directory cannot be made.
+        RequestError: another process is at it, the directory cannot be made, or it holds something else.
         FetchError, DoesNotFit: as `fetch_all`; what was fetched is kept.
     """
     directory = offer.directory
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with Claim(directory):
+            if Record.read(directory) is None:  # from here on what is wrong is this command's own, and fetched again
+                _refuse_others(directory, [f for f in offer.files if _is_long(directory, f)], hub, heard)
             Record(offer.listing.repo, offer.revision, offer.listing.commit, offer.files).write(directory)
             sums = fetch_all(hub, offer.listing, offer.files, directory, heard)
             write_sums(directory, sums)
@@ -154,16 +158,28 @@ def _there(directory: Path, file: RemoteFile) -> int:
     return min(partial.stat().st_size, file.num_bytes) if partial.is_file() else 0
 
 
-def _refuse_others(directory: Path, files: tuple[RemoteFile, ...], hub: Hub) -> None:
+def _refuse_others(directory: Path, files: Iterable[RemoteFile], hub: Hub, heard: Heard = lambda *_: None) -> None:
     """Nothing is written over a file that this command did not put there."""
     for file in files:
         path = directory / file.name
-        if not path.exists() or (file.num_bytes > _SMALL_BYTES and path.stat().st_size == file.num_bytes):
+        if not os.path.lexists(path):
             continue
-        if not path.is_file() or checked(path, file, hub.stop) is None:
+        try:
+            is_right = path.is_file() and checked(path, file, hub.stop, heard) is not None
+        except OSError as error:
+            raise RequestError(f"{path} is there and cannot be read ({error.strerror or error})") from None
+        if not is_right:
             raise RequestError(
                 f"{path} is there and is not the one of {hub.repo}; move it away, or name another directory with --to"
             )
+        heard("dropped", file.num_bytes)  # it will be checked once more, with all others
+
+
+def _is_long(directory: Path, file: RemoteFile) -> bool:
+    """Whether it takes a while to tell a file that is there from the listed one: both have the same size, and a large
+    one."""
+    path = directory / file.name
+    return file.num_bytes > _SMALL_BYTES and path.is_file() and path.stat().st_size == file.num_bytes
 
 
 def _free(directory: Path) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pyrosome.checkpoint.index import RECORD_NAME, SUMS_NAME
 from pyrosome.errors import CheckpointError, RequestError
-from pyrosome.hub.remote import RemoteFile
+from pyrosome.hub.remote import RemoteFile, is_safe
 
 LOCK_NAME = ".pull.lock"
 PARTIAL = ".partial"  # ends the name of a file that is not whole yet, so that no reader takes it for one
@@ -45,6 +45,8 @@ class Record:
             files = tuple(RemoteFile(**f) for f in d["files"])
             if not all(isinstance(f.num_bytes, int) and isinstance(f.sha256 or f.blob, str) for f in files):
                 raise ValueError("a file without size or hash")
+            if not all(isinstance(f.name, str) and is_safe(f.name) for f in files):
+                raise ValueError("a file that leads elsewhere")
             return cls(str(d["repo"]), str(d["revision"]), str(d["commit"]), files)
         except (FileNotFoundError, NotADirectoryError):
             return None

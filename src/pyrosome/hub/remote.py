@@ -27,6 +27,7 @@ WAITS_S = (1.0, 2.0, 4.0, 8.0, 16.0)  # before a request that failed is made aga
 MAX_WAIT_S = 330.0  # hubs count requests by five minutes and say how many are left of those
 SILENCE_S = 30.0  # a connection that gives nothing for so long is lost
 CHUNK_BYTES = 1 << 20
+MAX_NAME_BYTES = 240  # of a file's name, with room for what is put behind it until it is whole
 _AGAIN = (408, 425, 429, 500, 502, 503, 504)
 RESUME = "what was fetched is kept, and the same command goes on from there"
 
@@ -324,6 +325,8 @@ def _endpoint(asked: str | None) -> str:
         is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
     except ValueError:  # no port is that number, no host is written so
         is_address = False
+    if is_address and "@" in parts.netloc:  # it would stand in messages, records and logs
+        raise RequestError(f"{name} has a user or password in it; give the address without, and a token as HF_TOKEN")
     if not is_address or parts.query or parts.fragment:
         raise RequestError(f"{name} is {address!r}; give the address of a hub or mirror, as https://HOST")
     return address.rstrip("/")
@@ -331,14 +334,20 @@ def _endpoint(asked: str | None) -> str:
 
 def _listed(sibling: Any) -> RemoteFile:
     name = str(sibling.rfilename)
-    sha256 = str(sibling.lfs.sha256) if sibling.lfs else None
+    sha256 = str(sibling.lfs.sha256).lower() if sibling.lfs else None
     num_bytes = sibling.lfs.size if sibling.lfs else sibling.size
-    path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or str(path) != name or "\\" in name or not name.isprintable():
+    if not is_safe(name):
         raise CheckpointError(f"the repository lists a file as {name!r}, which would lead elsewhere; do not use it")
     if not isinstance(num_bytes, int) or num_bytes < 0 or not (sha256 or sibling.blob_id):
         raise ValueError(f"no size or hash of {name}")
     return RemoteFile(name, num_bytes, sha256, None if sha256 else str(sibling.blob_id))
+
+
+def is_safe(name: str) -> bool:
+    """Whether a listed name is that of a file within the directory it is put into, on any system."""
+    path = PurePosixPath(name)
+    is_short = all(len(part.encode()) <= MAX_NAME_BYTES for part in path.parts) if name.isprintable() else False
+    return is_short and not path.is_absolute() and ".." not in path.parts and str(path) == name and "\\" not in name
 
 
 def _asked_wait(headers: Any) -> float:
