@@ -286,13 +286,15 @@ def test_devices_without_a_link_share_nothing():
 
 
 @pytest.mark.parametrize("machine", [gpus(2, 24_564, ram=256 * GIB), gpus(1, 32_607, nvme=10**12)])
-def test_room_is_for_as_many_sessions_as_fit_with_experts_out_of_their_way(machine):
-    short = asked(machine, context=131_072)
+def test_room_of_what_does_not_fit_is_with_experts_out_of_the_way(machine):
+    short = asked(machine, context=131_072, sessions=5000)
     for plan in make_plans(short, even):
         room = plan.sessions.decoding
-        assert room > 20
+        assert room > 20 and f"{room} sessions instead of 5,000" in plan.change
         fit, more = (make_plan(dataclasses.replace(short, sessions=n, mode=plan.mode), even) for n in (room, room + 1))
         assert fit.fits and not more.fits and fit.sessions.decoding == more.sessions.decoding == room
+        few = make_plan(dataclasses.replace(short, sessions=1, mode=plan.mode), even)
+        assert few.sessions.decoding < room and any("with experts where they are" in note for note in few.notes)
 
 
 def test_machines_of_one_memory_each_park_as_many_sessions_as_the_fullest_can():

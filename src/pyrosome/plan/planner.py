@@ -12,7 +12,17 @@ from pyrosome.errors import RequestError
 from pyrosome.options import require_integer
 from pyrosome.plan.cost import cost_of
 from pyrosome.plan.estimate import estimated
-from pyrosome.plan.fitting import MAX_SESSIONS, changes, lacking, place_experts, room, session_bytes, told, why_not
+from pyrosome.plan.fitting import (
+    MAX_SESSIONS,
+    changes,
+    lacking,
+    most_sessions,
+    place_experts,
+    room,
+    session_bytes,
+    told,
+    why_not,
+)
 from pyrosome.plan.hardware import Machine
 from pyrosome.plan.inventory import Model
 from pyrosome.plan.layout import MODES, Layout, Placement
@@ -90,8 +100,9 @@ def _plan(asked: Asked, layout: Layout, placement: Placement, estimate: Estimate
 
 
 def _sessions(asked: Asked, layout: Layout, placement: Placement, site: Site) -> Sessions:
+    is_fit = fits(site.places())
     return Sessions(
-        decoding=room(asked, layout),
+        decoding=most_sessions(asked, layout, placement) if is_fit else room(asked, layout),
         prefilling=asked.prefilling,
         parked_ram=site.parked_room,
         parked_disk=max(0, site.disk_room) // site.parked.disk_bytes,
@@ -154,6 +165,10 @@ def _notes(asked: Asked, layout: Layout, placement: Placement, site: Site) -> li
         notes.append(
             f"of {E} experts of each layer {in_ram} are in RAM and {on_nvme} on NVMe; this engine reads experts in "
             "place on a CPU only"
+        )
+    if in_ram or on_nvme:
+        notes.append(
+            "room is told with experts where they are; asked for more --sessions, a plan keeps fewer experts near them"
         )
     if placement.csa_on_host:
         notes.append("CSA rows in host memory are a plan for what is to come: this engine's pools are on one device")
