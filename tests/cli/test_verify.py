@@ -90,6 +90,7 @@ def test_ctrl_c_ends_it_with_130_and_the_receipt_holds_what_was_found(tmp_path, 
         ([NANO, "--seed", "-1"], "--seed is -1"),
         ([NANO, "--numerics", "bf16"], "--numerics is 'bf16'"),
         ([NANO, "--device", "tpu"], "--device is 'tpu'"),
+        ([NANO, "--device", "cuda:64"], "--device is 'cuda:64' and torch finds"),
         ([NANO, "--logprobs", "/nowhere"], "--logprobs names /nowhere"),
         ([NANO, "--checksums", "/nowhere"], "--checksums names /nowhere"),
         ([NANO, "--tokenizer", "/nowhere"], "--tokenizer names /nowhere"),
@@ -99,6 +100,13 @@ def test_ctrl_c_ends_it_with_130_and_the_receipt_holds_what_was_found(tmp_path, 
 def test_input_that_makes_no_sense_is_refused_with_what_to_do(args, said):
     status, out, err = verify(*args)
     assert status == BAD_INPUT and said in err and out == ""
+
+
+def test_log_probabilities_that_are_none_are_refused_before_anything_is_looked_at(tmp_path):
+    (tmp_path / "vectors.jsonl").write_text('{"ids": [0], "tokens": [1], "logprobs": [-1.0]}\n{"ids": [0]}\n')
+    status, out, err = verify(NANO, "--logprobs", tmp_path / "vectors.jsonl", "--receipt", tmp_path / "r")
+    assert status == BAD_INPUT and out == "" and "vectors.jsonl, line 2: tokens is missing" in err
+    assert not (tmp_path / "r").exists()
 
 
 def test_a_list_of_checksums_that_is_none_and_a_folder_of_something_else_are_refused(tmp_path):

@@ -102,6 +102,11 @@ def _check_arguments(
         raise RequestError(f"--numerics is {numerics!r}; there are exact and trained")
     if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", device):
         raise RequestError(f"--device is {device!r}; there are cpu, cuda and cuda:N")
+    if device != "cpu":
+        import torch
+
+        if (count := torch.cuda.device_count()) <= int(device.partition(":")[2] or 0):
+            raise RequestError(f"--device is {device!r} and torch finds {count} of its kind here; leave it out for cpu")
     for option, file in (("--logprobs", logprobs), ("--checksums", checksums)):
         if file is not None and not file.is_file():
             raise RequestError(f"{option} names {file}, which is not a file")
@@ -109,6 +114,10 @@ def _check_arguments(
         from pyrosome.verify.files import read_sums
 
         read_sums(checksums)
+    if logprobs is not None:
+        from pyrosome.verify.recorded import read_vectors
+
+        read_vectors(logprobs)
     if tokenizer is not None and not tokenizer.is_dir():
         raise RequestError(f"--tokenizer names {tokenizer}, which is not a directory; name the one of tokenizer.json")
 
