@@ -24,7 +24,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from bench import measure, records
-from bench.our_side import CHUNK
 from pyrosome.checkpoint.index import open_checkpoint
 from pyrosome.checkpoint.load import read_tensors
 from pyrosome.checkpoint.save import save_checkpoint
@@ -35,6 +34,7 @@ from pyrosome.quant import QuantTensor
 from pyrosome.testing.checkpoints import random_checkpoint
 
 TOLERANCE = 1e-4
+CHUNK = 1024  # tokens of our side's spans (`our_side.py`)
 SEED = 11
 
 
@@ -154,7 +154,8 @@ def main() -> int:
         record = {**where, "bench": "peers", "shape": args.shape, "numerics": "trained", "torch": ours[0]["torch"],
                   "their_torch": theirs[0]["torch"], "their_engine": theirs[0]["engine"],
                   "their_experts": theirs[0]["experts"], "ours": our_rows, "theirs": their_rows, "logits": worst,
-                  "predicted": predicted(config, our_rows), "same_tokens": tokens_agree, "linear": ours[-1]["linear"], "rounds": rounds,
+                  "predicted": predicted(config, our_rows),
+                  "same_tokens": tokens_agree, "linear": ours[-1]["linear"], "rounds": rounds,
                   "repeats": repeats}  # fmt: skip
         records.append(Path(__file__).parent / "results" / "peers.jsonl", record)
     return 0 if passes(logits, tokens_agree) else 1
