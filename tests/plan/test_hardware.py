@@ -357,33 +357,39 @@ def test_a_tool_that_is_not_there_or_fails_tells_nothing(monkeypatch):
 
 
 def test_two_threads_of_a_core_are_one_core(monkeypatch, tmp_path):
-    monkeypatch.setattr(this_machine, "_PROC", tmp_path)
-    monkeypatch.setattr(this_machine, "_CGROUP", tmp_path)
+    monkeypatch.setattr(this_machine, "_ROOT", tmp_path)
     monkeypatch.setattr(this_machine.os, "sched_getaffinity", lambda pid: set(range(12)), raising=False)
     info = "model name\t: AMD EPYC 9B14\ncpu MHz\t\t: 2600.000\nsiblings\t: {}\ncpu cores\t: 8\nflags\t\t: avx2 fma\n"
-    (tmp_path / "meminfo").write_text("MemTotal:       65536000 kB\n")
-    (tmp_path / "cpuinfo").write_text(info.format(16))
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/meminfo").write_text("MemTotal:       65536000 kB\n")
+    (tmp_path / "proc/cpuinfo").write_text(info.format(16))
     found = this_machine.look()
     assert (found.cores, found.ghz, found.cpu, found.flags) == (6, 2.6, "AMD EPYC 9B14", {"avx2", "fma"})
     assert found.ram_bytes == 65_536_000 * 1024
-    (tmp_path / "cpuinfo").write_text(info.format(8))
+    (tmp_path / "proc/cpuinfo").write_text(info.format(8))
     assert this_machine.look().cores == 12
-    (tmp_path / "cpuinfo").unlink()
+    (tmp_path / "proc/cpuinfo").unlink()
     assert (this_machine.look().cores, this_machine.look().cpu, this_machine.look().ghz) == (12, "", 0.0)
 
 
-def test_a_container_s_limits_are_the_machine_s(monkeypatch, tmp_path):
-    monkeypatch.setattr(this_machine, "_CGROUP", tmp_path)
-    whole = this_machine.look()
-    (tmp_path / "memory.max").write_text("1048576\n")
-    (tmp_path / "cpu.max").write_text("100000 100000\n")
+@pytest.mark.parametrize("group", ["", "a.slice/b.scope"])
+def test_a_container_s_limits_are_the_machine_s(monkeypatch, tmp_path, group):
+    monkeypatch.setattr(this_machine, "_ROOT", tmp_path)
+    monkeypatch.setattr(this_machine.os, "sched_getaffinity", lambda pid: set(range(12)), raising=False)
+    own = tmp_path / "sys/fs/cgroup" / group
+    own.mkdir(parents=True)
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/meminfo").write_text("MemTotal:       65536000 kB\n")
+    (tmp_path / "proc/self").mkdir()
+    (tmp_path / "proc/self/cgroup").write_text(f"0::/{group}\n")
+    (own / "memory.max").write_text("1048576\n")
+    (own / "cpu.max").write_text("350000 100000\n")
     small = this_machine.look()
-    assert (small.ram_bytes, small.cores) == (1 << 20, 1)
-    (tmp_path / "memory.max").write_text("max\n")
-    (tmp_path / "cpu.max").write_text("max 100000\n")
-    assert dataclasses.replace(this_machine.look(), ghz=0, disk_bytes=0) == dataclasses.replace(
-        whole, ghz=0, disk_bytes=0
-    )
+    assert (small.ram_bytes, small.cores) == (1 << 20, 3)
+    (own / "memory.max").write_text("max\n")
+    (own / "cpu.max").write_text("max 100000\n")
+    whole = this_machine.look()
+    assert (whole.ram_bytes, whole.cores) == (65_536_000 * 1024, 12)
 
 
 def test_this_very_machine_can_be_planned_for():

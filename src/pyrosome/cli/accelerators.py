@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pyrosome.cli.machine import ROOT, text
+from pyrosome.cgroups import ROOT, text
 
 TOOL_SECONDS = 10.0  # nvidia-smi wakes devices that sleep
 QUERY = ("name", "driver_version", "memory.total", "memory.free", "compute_cap", "pci.bus_id")

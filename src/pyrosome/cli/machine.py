@@ -15,16 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from pyrosome import __version__, env
+from pyrosome.cgroups import NO_LIMIT, ROOT, cpu_quota, memory_limit, text
 from pyrosome.cli.first_contact import machine_memory
 
-ROOT = Path("/")
 # What fast kernels look for: x86 names as /proc/cpuinfo spells them, then the ARM ones.
 FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_bf16", "asimd", "asimddp", "bf16", "i8mm")
 PACKAGES = ("torch", "numpy", "tokenizers", "safetensors", "deepseek-recipe", "triton")
 # Not ours, and decide speed or device all the same.
 FOREIGN = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "TRITON_INTERPRET", "WORLD_SIZE")
 EXTRAS = ("serve", "train", "bench")  # those that commands need
-NO_LIMIT = 1 << 62  # cgroups write more than any machine has where there is none
 
 
 def cpu(root: Path = ROOT) -> dict[str, Any]:
@@ -46,7 +45,7 @@ def cpu(root: Path = ROOT) -> dict[str, Any]:
         "flags": None if found is None else {f: f in found for f in FLAGS},
         "sockets": len(set(re.findall(r"^physical id\s*:\s*(\d+)", info, re.MULTILINE))) or None,
         "nodes": len(list((root / "sys/devices/system/node").glob("node[0-9]*"))) or None,
-        "quota": _quota(root),
+        "quota": cpu_quota(root),
         "load": float(load[0]) if load else None,
     }
 
@@ -65,23 +64,11 @@ def lacking_flags(level: str, root: Path = ROOT) -> list[str]:
     return sorted(NEEDS[level] - set(found[1].split() if found else ()))
 
 
-def _quota(root: Path) -> float | None:
-    """Cores' worth of time that this process's groups may use; None: no limit."""
-    found = []
-    for group in _groups(root, "cpu"):
-        parts = text(group / "cpu.max").split() or [
-            text(group / f"cpu.cfs_{name}_us").strip() for name in ("quota", "period")
-        ]
-        if len(parts) == 2 and all(p.isdigit() and int(p) for p in parts):
-            found.append(int(parts[0]) / int(parts[1]))
-    return min(found, default=None)
-
-
 def memory(root: Path = ROOT) -> dict[str, Any]:
     """Total and available bytes, those of swap, what a container may use and uses, and how huge pages are given."""
     told = {k: int(v) * 1024 for k, v in re.findall(r"^(\w+):\s*(\d+) kB", text(root / "proc/meminfo"), re.MULTILINE)}
     mode = re.search(r"\[(\w+)\]", text(root / "sys/kernel/mm/transparent_hugepage/enabled"))
-    limit, used = _limit(root)
+    limit, used = memory_limit(root)
     total = told.get("MemTotal", 0) or machine_memory()
     return {
         "total": total,
@@ -103,38 +90,6 @@ def memory_free(memory: dict[str, Any]) -> int:
     """Bytes that it may still take; 0: not known."""
     left = max(1, memory["limit"] - memory["limit_used"]) if memory["limit"] else NO_LIMIT
     return int(min(memory["available"], left))
-
-
-def _limit(root: Path) -> tuple[int, int]:
-    """(bytes that this process's groups may use, bytes used of it without files that were read), the tightest one."""
-    found = []
-    for group in _groups(root, "memory"):
-        for limit, usage in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
-            most, used = text(group / limit).strip(), text(group / usage).strip()
-            if most.isdigit():
-                kept = max(0, int(used) - _files(group)) if used.isdigit() else 0
-                found.append((int(most), kept))
-    return min(found, key=lambda f: f[0] - f[1], default=(NO_LIMIT, 0))
-
-
-def _files(group: Path) -> int:
-    """Bytes of files that a group has read and that are given up when memory is needed."""
-    told = re.findall(r"^(?:total_)?((?:in)?active_file) (\d+)", text(group / "memory.stat"), re.MULTILINE)
-    return sum(map(int, dict(told).values()))  # version 1 tells its own first, then those of all below
-
-
-def _groups(root: Path, controller: str) -> list[Path]:
-    """Folders of the control groups this process is in, from its own up: of version 2, and of version 1."""
-    top, found = root / "sys/fs/cgroup", [root / "sys/fs/cgroup", root / "sys/fs/cgroup" / controller]
-    for line in text(root / "proc/self/cgroup").splitlines():
-        number, _, rest = line.partition(":")
-        names, _, path = rest.partition(":")
-        if number != "0" and controller not in names.split(","):
-            continue
-        base = top if number == "0" else top / controller
-        own = base / path.lstrip("/")
-        found += [own, *(p for p in own.parents if p.is_relative_to(base))]
-    return list(dict.fromkeys(found))
 
 
 def disk(path: Path) -> dict[str, Any]:
@@ -214,11 +169,3 @@ def variables() -> dict[str, dict[str, str]]:
         "set": {name: os.environ[name] for name in sorted(own) + list(FOREIGN) if name in os.environ},
         "unknown": {k: v for k, v in sorted(os.environ.items()) if k.startswith("PYROSOME_") and k not in own},
     }
-
-
-def text(path: Path) -> str:
-    """What a file of the system says; "" where it is not there or not for this user."""
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""

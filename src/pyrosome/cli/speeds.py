@@ -11,7 +11,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pyrosome.cli.machine import ROOT, nearest, text
+from pyrosome.cgroups import ROOT, text
+from pyrosome.cli.machine import nearest
 
 SECONDS = 1.0  # of reading or writing a drive
 PART = 4 << 20

@@ -5,7 +5,6 @@ Linux: /proc, cgroup limits and `nvidia-smi` where it is installed.  macOS: `sys
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 import platform
@@ -14,8 +13,10 @@ import shutil
 import subprocess
 from pathlib import Path
 
+from pyrosome.cgroups import NO_LIMIT, cpu_quota, memory_limit, text
+
 TOOL_SECONDS = 20.0  # nvidia-smi wakes devices that sleep
-_PROC, _CGROUP = Path("/proc"), Path("/sys/fs/cgroup")
+_ROOT = Path("/")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -43,7 +44,7 @@ class Here:
 
 def look() -> Here:
     """What there is, now."""
-    info = _text(_PROC / "cpuinfo")
+    info = text(_ROOT / "proc/cpuinfo")
     apple = platform.system() == "Darwin"
     return Here(
         gpus=_gpus(),
@@ -79,17 +80,16 @@ def _cores(info: str) -> int:
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     siblings, per_socket = _line(info, "siblings"), _line(info, "cpu cores")
     threads = int(siblings) // int(per_socket) if siblings.isdigit() and per_socket.isdigit() else 1
-    with contextlib.suppress(ValueError):  # a container may use no more than a quota's worth of them
-        quota, period = _text(_CGROUP / "cpu.max").split()
-        usable = min(usable, max(1, int(quota) // int(period)))
+    quota = cpu_quota(_ROOT)  # a container may use no more than a quota's worth of them
+    usable = min(usable, max(1, int(quota))) if quota else usable
     return max(1, usable // max(1, threads))
 
 
 def _ram() -> int:
-    total = re.search(r"^MemTotal:\s*(\d+) kB", _text(_PROC / "meminfo"), re.MULTILINE)
-    limit = _text(_CGROUP / "memory.max").strip()
-    found = [int(total[1]) * 1024] if total else []
-    return min(found + ([int(limit)] if limit.isdigit() else []), default=0)
+    total = re.search(r"^MemTotal:\s*(\d+) kB", text(_ROOT / "proc/meminfo"), re.MULTILINE)
+    limit, _ = memory_limit(_ROOT)
+    least = min(int(total[1]) * 1024 if total else NO_LIMIT, limit)
+    return least if least < NO_LIMIT else 0
 
 
 def _gpus() -> tuple[FoundGpu, ...]:
@@ -112,13 +112,6 @@ def _run(*command: str) -> str:
     except (OSError, ValueError, subprocess.SubprocessError):
         return ""
     return done.stdout
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
 
 
 def _line(info: str, keys: str) -> str:
