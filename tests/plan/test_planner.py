@@ -249,10 +249,18 @@ def test_modes_are_ranked_by_sessions_and_then_by_tokens():
 
 
 def test_plans_with_experts_elsewhere_go_after_those_without():
-    plans = make_plans(asked(gpus(2, 82_400, ram=512 * GIB), context=8192), even)
+    def fast(a, layout, placement):
+        s = even(a, layout, placement)
+        rate = {"tp": 30.0, "cp": 20.0, "dp": 10.0}.get(layout.mode, 40.0)
+        return dataclasses.replace(s, total_tok_s=dataclasses.replace(s.total_tok_s, mid=rate))
+
+    plans = make_plans(asked(gpus(2, 82_400, ram=512 * GIB), context=8192), fast)
     is_spread = [any("experts of each layer" in note for note in p.notes) for p in plans]
     assert all(p.fits for p in plans) and is_spread == [False, False, True, True, True]
     assert plans[2].sessions.decoding > plans[1].sessions.decoding
+    rates = [p.speed.total_tok_s.mid for p in plans[2:]]
+    assert rates == sorted(rates, reverse=True)
+    assert [p.sessions.decoding for p in plans[2:]] != sorted((p.sessions.decoding for p in plans[2:]), reverse=True)
 
 
 def test_of_plans_that_do_not_fit_the_one_that_lacks_least_is_first():

@@ -12,7 +12,7 @@ from pyrosome.config import ModelConfig
 from pyrosome.engine import graphs
 from pyrosome.errors import DoesNotFit
 from pyrosome.options import EngineOptions
-from pyrosome.plan import serving
+from pyrosome.plan import reserve
 from pyrosome.plan.inventory import Model
 from pyrosome.plan.serving import Server
 
@@ -58,7 +58,7 @@ def test_a_step_is_the_larger_of_a_prompt_s_and_of_all_sequences_decoding():
 
 
 def test_captured_steps_are_as_many_as_the_engine_keeps():
-    assert (serving.CAPTURES, serving.CAPTURED_TOKENS, serving.CAPTURED_BYTES) == (
+    assert (reserve.CAPTURES, reserve.CAPTURED_TOKENS, reserve.CAPTURED_BYTES) == (
         graphs.MOST_KEPT, graphs.MOST_TOKENS, graphs.MOST_BYTES
     )  # fmt: skip
     assert by_name(SERVER.room(0))["captured steps"] == graphs.MOST_BYTES

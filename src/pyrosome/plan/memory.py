@@ -15,6 +15,7 @@ from pyrosome.plan.layout import Layout, Placement, share
 from pyrosome.plan.plan import Asked, Item, Place
 from pyrosome.plan.reserve import (
     CpuStep,
+    cpu_captured_bytes,
     cpu_decode_bytes,
     cpu_prompt_bytes,
     device_system_bytes,
@@ -193,7 +194,16 @@ class Site:
 
     def _step(self, rank: int) -> list[Item]:
         prefill, decode = self._cpu_step() if self.is_cpu else self._gpu_step(rank)
-        return [Item("prefill reserve", "reserve", prefill), Item("decode workspace", "workspace", decode)]
+        items = [Item("prefill reserve", "reserve", prefill), Item("decode workspace", "workspace", decode)]
+        return [*items, Item("captured steps", "workspace", self._captured())] if self.is_cpu else items
+
+    def _captured(self) -> int:
+        return cpu_captured_bytes(self.asked.model.config, self.sessions, self.asked.context, self._about)
+
+    @property
+    def _about(self) -> CpuStep:
+        a = self.asked
+        return CpuStep(a.kv_format, a.numerics, num_drafts(a), a.model.num_stages > 0)
 
     def _gpu_step(self, rank: int) -> tuple[int, int]:
         a, config, tensor = self.asked, self.asked.model.config, self.layout.tensor
@@ -205,9 +215,8 @@ class Site:
 
     def _cpu_step(self) -> tuple[int, int]:
         a, config = self.asked, self.asked.model.config
-        about = CpuStep(a.kv_format, a.numerics, num_drafts(a), a.model.num_stages > 0)
-        prefill = a.prefilling * cpu_prompt_bytes(config, step_tokens(a), a.context, about)
-        return prefill, cpu_decode_bytes(config, self.sessions, a.context, about)
+        prefill = a.prefilling * cpu_prompt_bytes(config, step_tokens(a), a.context, self._about)
+        return prefill, cpu_decode_bytes(config, self.sessions, a.context, self._about)
 
     def _on_host(self) -> list[Item]:
         """What is in the memory of a host with accelerators."""

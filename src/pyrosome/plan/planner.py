@@ -48,8 +48,9 @@ def make_plan(asked: Asked, estimate: Estimate = estimated) -> Plan:
 def make_plans(asked: Asked, estimate: Estimate = estimated) -> list[Plan]:
     """A plan for each mode, the best first: those that fit by sessions per dollar, then tokens per dollar.
 
-    Those that keep all experts on the devices go before those that do not, which are slower by far.  All are of one
-    machine, so its price decides nothing between them.  On one device every mode is the same, and there is one plan.
+    Those that keep all experts on the devices go before those that do not, which are slower by far.  Of the latter the
+    fastest is first: how many sessions they hold is how few experts are near.  All are of one machine, so its price
+    decides nothing between them.  On one device every mode is the same, and there is one plan.
     Modes in which the model cannot be shared by these devices are left out of "auto".
 
     Args:
@@ -75,7 +76,8 @@ def _rank(plan: Plan, is_spread: bool) -> tuple[bool, bool, int, float]:
     """Smaller is better; of plans that do not fit, the one that lacks least."""
     tokens = plan.speed.total_tok_s.mid if plan.speed else 0.0
     last = -tokens if plan.fits else -float(min(p.free_bytes for p in plan.places))
-    return not plan.fits, is_spread and plan.fits, -plan.sessions.decoding, last
+    is_spread = is_spread and plan.fits
+    return not plan.fits, is_spread, 0 if is_spread else -plan.sessions.decoding, last
 
 
 def _plan(asked: Asked, layout: Layout, placement: Placement, estimate: Estimate) -> Plan:

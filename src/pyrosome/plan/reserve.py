@@ -11,7 +11,7 @@ import dataclasses
 import functools
 
 from pyrosome.config import CSA_RATIO, ModelConfig
-from pyrosome.plan.workspace import Spans, prompt_step, step_workspace
+from pyrosome.plan.workspace import Spans, captured_bytes, prompt_step, step_workspace
 
 GIB = 1 << 30
 # A CUDA context with loaded kernels takes 0.3 to 0.6 GiB of a device before the first tensor.
@@ -26,6 +26,9 @@ RANK_HOST_BYTES = GIB  # of host memory for each accelerator: its driver's own, 
 SCORE_TOKENS = 256  # tokens whose index scores over the whole history are there at once
 CHOICE_BYTES = 12  # a chosen row's score and number, which every CSA layer keeps to the end of the step
 ROUNDING = 8  # memory is lent in blocks up to an eighth larger than what is asked for
+# Steps of single tokens are captured when their shape comes again: so many captures are kept, of no more sequences each,
+# with no more bytes in all (`engine.graphs`).
+CAPTURES, CAPTURED_TOKENS, CAPTURED_BYTES = 48, 64, 1 << 30
 MANY = 64  # sequences of a step that are looked at one by one; more of them take in proportion
 
 
@@ -86,6 +89,15 @@ def cpu_decode_bytes(config: ModelConfig, sequences: int, context: int, about: C
     spans = ((context - count, count),) * walked
     num_bytes = step_workspace(Spans(config, spans, context, every_row=True, **dataclasses.asdict(about))).total_bytes
     return -(-sequences * num_bytes // walked)
+
+
+@functools.lru_cache(maxsize=256)
+def cpu_captured_bytes(config: ModelConfig, sequences: int, context: int, about: CpuStep) -> int:
+    """Bytes that captured steps of up to so many sequences hold, at most."""
+    if not sequences:
+        return 0
+    spans = ((context - 1, 1),) * min(sequences, CAPTURED_TOKENS)
+    return min(CAPTURED_BYTES, CAPTURES * captured_bytes(Spans(config, spans, context, **dataclasses.asdict(about))))
 
 
 def logit_bytes(config: ModelConfig, rows: int, tensor_ranks: int = 1) -> int:

@@ -12,15 +12,11 @@ from pyrosome.options import EngineOptions
 from pyrosome.plan.inventory import Model, add_up, buffer_bytes
 from pyrosome.plan.plan import Item
 from pyrosome.plan.quantities import show_bytes
-from pyrosome.plan.reserve import CpuStep, cpu_decode_bytes, cpu_prompt_bytes
-from pyrosome.plan.workspace import Spans, captured_bytes
+from pyrosome.plan.reserve import CpuStep, cpu_captured_bytes, cpu_decode_bytes, cpu_prompt_bytes
 
 # Two Python processes, one of them with torch, take 0.22 GiB of their own and 0.1 GiB of libraries on Linux; and the
 # requests that run have theirs.
 PROCESS_BYTES = 512 << 20
-# Steps of single tokens are captured when their shape comes again, and so many captures are kept, with no more bytes
-# in all (`engine.graphs`).
-CAPTURES, CAPTURED_TOKENS, CAPTURED_BYTES = 48, 64, 1 << 30
 GIB = 1 << 30
 
 
@@ -134,12 +130,9 @@ class Server:
 
     def captured_steps_bytes(self, context: int) -> int:
         """Of all captures that may be kept, at most."""
-        o, spans = self.options, min(self.options.max_sequences, CAPTURED_TOKENS)
-        one = Spans(
-            self.config, ((context - 1, 1),) * spans, context, self.kv_format, self.numerics, num_drafts=o.max_drafts,
-            has_drafts=self.has_drafts,
-        )  # fmt: skip
-        return min(CAPTURED_BYTES, CAPTURES * captured_bytes(one))
+        o = self.options
+        about = CpuStep(self.kv_format, self.numerics, o.max_drafts, self.has_drafts)
+        return cpu_captured_bytes(self.config, o.max_sequences, context, about)
 
     def _cache(self, tokens: int, context: int) -> CachePlan:
         o = self.options
