@@ -26,8 +26,8 @@ RANK_HOST_BYTES = GIB  # of host memory for each accelerator: its driver's own, 
 SCORE_TOKENS = 256  # tokens whose index scores over the whole history are there at once
 CHOICE_BYTES = 12  # a chosen row's score and number, which every CSA layer keeps to the end of the step
 ROUNDING = 8  # memory is lent in blocks up to an eighth larger than what is asked for
-# Steps of single tokens are captured when their shape comes again: so many captures are kept, of no more sequences each,
-# with no more bytes in all (`engine.graphs`).
+# Steps of single tokens are captured when their shape comes again: so many captures are kept, of no more sequences
+# each, with no more bytes in all (`engine.graphs`).
 CAPTURES, CAPTURED_TOKENS, CAPTURED_BYTES = 48, 64, 1 << 30
 MANY = 64  # sequences of a step that are looked at one by one; more of them take in proportion
 
