@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
+import os
 import shutil
 
 import pytest
 
 from pyrosome.checkpoint.index import locate
+from pyrosome.config import ModelConfig
 from pyrosome.errors import CheckpointError, RequestError
 from pyrosome.verify.files import check, folder_of, read_sums
 from pyrosome.verify.finding import Wanted
@@ -192,3 +195,30 @@ def test_a_place_where_nothing_is_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="does not exist"):
         folder_of(str(tmp_path / "absent"))
     assert folder_of("builtin:nano") == locate("builtin:nano")
+
+
+@pytest.mark.parametrize("release", ["flash", "flash-0731", "pro"])
+def test_a_configuration_of_a_releases_shape_is_held_to_its_values(tmp_path, release):
+    config = ModelConfig.preset(release)
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    published = found(tmp_path)["config.json values"]
+    assert published.ok and not published.warns and published.detail == f"as published with {release}"
+    other = dataclasses.replace(config, sliding_window=64, rope_theta=1.0, expert_dtype=None)
+    (tmp_path / "config.json").write_text(json.dumps(other.to_dict()))
+    told = found(tmp_path)["config.json values"]
+    assert told.ok and told.warns and f"not as published with {release}" in told.detail
+    assert told.figures["others"] == [
+        "sliding_window is 64, published 128",
+        f"rope_theta is 1.0, published {config.rope_theta!r}",
+    ]
+
+
+def test_a_configuration_of_no_releases_shape_is_held_to_none(path):
+    assert "config.json values" not in found(path)
+
+
+def test_what_is_no_file_is_not_waited_for(path):
+    name = sorted(p.name for p in path.glob("*.safetensors"))[0]
+    (path / name).unlink()
+    os.mkfifo(path / name)
+    assert "is not a file" in found(path)[name].detail

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -16,6 +17,9 @@ from pyrosome.errors import CheckpointError, RequestError
 from pyrosome.verify.finding import Finding, Wanted
 
 CHUNK_BYTES = 1 << 22  # read at once while hashing
+RELEASES = ("flash", "flash-0731", "pro")
+_SIZE = ("hidden_size", "num_hidden_layers", "n_routed_experts", "vocab_size")
+_OF_STORAGE = ("expert_dtype", "quantization", "extra", "compress_ratios", "num_nextn_predict_layers")
 LISTED = 8  # names of each sort in a detail
 _SUM = re.compile(r"(?P<hex>[0-9a-fA-F]{64})(?: [ *]|\t)(?P<name>.+)")
 _BSD_SUM = re.compile(r"SHA256 \((?P<name>.+)\) = (?P<hex>[0-9a-fA-F]{64})")
@@ -27,7 +31,7 @@ _UNFINISHED = (".incomplete", ".partial", ".part", ".tmp", ".aria2", ".crdownloa
 def check(wanted: Wanted) -> Iterator[Finding]:
     """Configuration, index, headers against the inventory, sizes, stray files, and SHA-256."""
     folder = folder_of(wanted.model)
-    yield _configuration(folder)
+    yield from _configuration(folder)
     try:
         index = open_checkpoint(wanted.model)
     except CheckpointError as error:
@@ -81,16 +85,45 @@ def read_sums(file: Path) -> dict[str, str]:
     return sums
 
 
-def _configuration(folder: Path) -> Finding:
+def _configuration(folder: Path) -> Iterator[Finding]:
     try:
         config = ModelConfig.from_json(folder / "config.json")
     except CheckpointError as error:
-        return Finding("files", "config.json", False, str(error))
+        yield Finding("files", "config.json", False, str(error))
+        return
     said = f"release {config.release}, {config.num_hidden_layers} layers, vocabulary {config.vocab_size:,}"
     figures = {"release": config.release, "unknown_keys": list(config.unknown_keys)}
     if config.unknown_keys:
         said += f"; keys unknown here, kept and without effect: {_some(config.unknown_keys)}"
-    return Finding("files", "config.json", True, said, figures, warns=bool(config.unknown_keys))
+    yield Finding("files", "config.json", True, said, figures, warns=bool(config.unknown_keys))
+    yield from _values(config)
+
+
+def _values(config: ModelConfig) -> Iterator[Finding]:
+    """What shapes do not show: a window, a base, or a factor that is not the release's."""
+    alike = [name for name in RELEASES if _is_shaped(config, name)]
+    if not alike:
+        return
+    name, others = min(
+        ((n, other_values(config, ModelConfig.preset(n))) for n in alike), key=lambda found: len(found[1])
+    )
+    detail = f"as published with {name}"
+    if others:
+        detail = f"not as published with {name}: {_some(others)}; what the same tensors compute depends on it"
+    yield Finding("files", "config.json values", True, detail, {"others": others}, warns=bool(others))
+
+
+def other_values(config: ModelConfig, published: ModelConfig) -> list[str]:
+    """What a configuration says otherwise than a published one, but for how tensors are stored and counted."""
+    names = [f.name for f in dataclasses.fields(ModelConfig) if f.name not in _OF_STORAGE]
+    pairs = [(n, getattr(config, n), getattr(published, n)) for n in [*names, "layer_ratios"]]
+    return [f"{n} is {ours!r}, published {theirs!r}" for n, ours, theirs in pairs if ours != theirs]
+
+
+def _is_shaped(config: ModelConfig, name: str) -> bool:
+    """Whether it is of that release's size, whatever else it says."""
+    published = ModelConfig.preset(name)
+    return all(getattr(config, n) == getattr(published, n) for n in _SIZE)
 
 
 def _headers(index: CheckpointIndex) -> Finding:
@@ -214,6 +247,8 @@ def _sum(
 ) -> tuple[Finding, int, str]:
     """(what a file's SHA-256 says, bytes read, the SHA-256)"""
     digest, size = hashlib.sha256(), 0
+    if (folder / name).exists() and not (folder / name).is_file():
+        return Finding("files", name, False, "is not a file; remove it, and download the file of that name"), 0, ""
     try:
         with (folder / name).open("rb") as f:
             while piece := f.read(CHUNK_BYTES):
