@@ -141,7 +141,7 @@ REFUSED = [
     (("--gpu", "h200", "--prefilling", "-1"), "prefilling is -1"),
     (("--gpu", "h200", "--mode", "zz"), "mode is 'zz'"),
     (("--gpu", "h200", "--kv-format", "int3"), "kv_format is 'int3'"),
-    (("--gpu", "h200", "--weights", "q3"), "q3"),
+    (("--gpu", "h200", "--weights", "q3"), "--weights q3: native, fp8, w4a16, bf16, or a checkpoint"),
     (("--gpu", "h200", "--price", "-3"), "--price is '-3'"),
     (("--gpu", "h200", "--price", "nan"), "--price is 'nan'"),
     (("--gpu", "h200", "--ram", "12"), "a unit is missing"),

@@ -13,7 +13,7 @@ import typer
 
 from pyrosome.cli import plan_flags as flags
 from pyrosome.cli.terminal import CHECK_FAILED, Screen
-from pyrosome.errors import RequestError
+from pyrosome.errors import CheckpointError, RequestError
 
 if TYPE_CHECKING:
     from pyrosome.plan.hardware import Machine
@@ -140,7 +140,10 @@ def _model(model: str, weights: str) -> Model:
             f"MODEL is {model!r} and --weights {weights!r}; a checkpoint is named once, and --weights is else one of "
             f"{', '.join(flags.WEIGHTS)}"
         )
-    return Model.open(weights)
+    try:
+        return Model.open(weights)
+    except CheckpointError as error:
+        raise RequestError(f"--weights {weights}: {', '.join(flags.WEIGHTS)}, or a checkpoint; {error}") from None
 
 
 def _machine(rented: Rented, gpu: str) -> Machine:
