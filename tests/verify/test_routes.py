@@ -42,6 +42,7 @@ def found(what: str, *, bits: bool = True):
 @needs_kernels
 def test_every_route_of_the_built_in_model_is_the_same_to_the_last_bit(monkeypatch):
     monkeypatch.setattr(routes, "ANSWER", 4)
+    monkeypatch.setattr(routes.Bench, "_lengths", lambda self: [1, 7, 127, 129, 257])  # others: the test after this one
     findings = {f.what: f for f in routes.check(NANO)}
     assert list(findings) == list(routes.ROUTES)
     for f in findings.values():
