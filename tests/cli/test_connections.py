@@ -119,10 +119,11 @@ socket.create_connection(listening.getsockname())
 
 def test_commands_open_no_connection(watched, tmp_path):
     env, log = watched
+    (tmp_path / "note.txt").write_text("falcon = 12; heron = 31")
     commands = [
         ["run", "builtin:nano", "-p", "37 + 25", "--max-tokens", "4"],
-        ["chat", "builtin:nano", "--max-tokens", "4"],
-        ["ask", "builtin:ledger", "? falcon"],
+        ["chat", "builtin:nano", "--max-tokens", "4", "--cache-gib", "0.05"],
+        ["ask", str(tmp_path / "note.txt"), "? falcon"],
         ["inspect", "builtin:nano"],
         ["plan", "--gpu", "h200:2"],
         ["verify", "builtin:nano", "--only", "files,dialect,layers", "--quick"],
