@@ -72,9 +72,10 @@ import json, sys
 from pyrosome.cli import app
 for args in json.loads(sys.argv[1]):
     try:
-        app(args, standalone_mode=False)
+        status = app(args, standalone_mode=False)
     except SystemExit as end:
-        assert not end.code, (args, end.code)
+        status = end.code
+    assert not status, (args, status)
 """
 
 
@@ -123,7 +124,7 @@ def test_commands_open_no_connection(watched, tmp_path):
     commands = [
         ["run", "builtin:nano", "-p", "37 + 25", "--max-tokens", "4"],
         ["chat", "builtin:nano", "--max-tokens", "4", "--cache-gib", "0.05"],
-        ["ask", str(tmp_path / "note.txt"), "? falcon"],
+        ["ask", str(tmp_path / "note.txt"), "? falcon", "--cache-gib", "0.05"],
         ["inspect", "builtin:nano"],
         ["plan", "--gpu", "h200:2"],
         ["verify", "builtin:nano", "--only", "files,dialect,layers", "--quick"],
