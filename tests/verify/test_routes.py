@@ -14,7 +14,7 @@ from pyrosome.engine import runner as running
 from pyrosome.engine.loaded import load_model
 from pyrosome.engine.residency import Residency
 from pyrosome.engine.runner import Runner
-from pyrosome.errors import CacheInvariantBroken, DoesNotFit, RequestError
+from pyrosome.errors import CacheInvariantBroken, DoesNotFit, EngineError, RequestError
 from pyrosome.ops import native
 from pyrosome.ops.seam import OPS, use
 from pyrosome.testing.checkpoints import random_checkpoint
@@ -138,6 +138,15 @@ def test_drafts_that_are_all_refused_are_to_be_looked_at_where_the_language_is_k
         assert "only refusals were tried" in finding.detail
 
 
+@needs_kernels
+def test_an_answer_that_ends_early_is_found():
+    engine = routes.Bench(subject.subject(NANO).model, 0, quick=True).watched(1)
+    step = engine.engine.step
+    engine.engine.step = lambda: [e for e in step() if not isinstance(e, watched.TokenEvent)]
+    with pytest.raises(EngineError, match="request x ended after 0 of 3 tokens"):
+        engine.ask([watched.request("x", (0, 5, 6), 3)])
+
+
 def upside_down(logits_BV, streams):
     return -logits_BV, streams
 
@@ -220,6 +229,9 @@ def test_answers_may_part_where_two_tokens_are_as_good_and_nowhere_else():
 def test_no_row_no_number_and_no_bit_go_unseen():
     row = torch.tensor([1.0, 0.0])
     plain = watched.Said("", (5,), {0: row}, (0,))
+    longer = dataclasses.replace(plain, tokens=(0, 1))
+    assert "1 tokens were said, and 2 plainly" in watched.compare(plain, longer, bits=True).fault
+    assert "2 tokens were said, and 1 plainly" in watched.compare(longer, plain, bits=True).fault
     assert watched.compare(plain, plain, bits=True) == watched.Compared(1, 0, 0.0, "")
     assert "no logits" in watched.compare(dataclasses.replace(plain, rows={}), plain, bits=True).fault
     nan = torch.tensor([1.0, float("nan")])

@@ -148,7 +148,7 @@ class Watched:
         """All of them at once: of each its tokens, its rows, and what it found computed.
 
         Raises:
-            EngineError: one of them failed.
+            EngineError: one of them failed, or ended early.
         """
         self._rows.clear()
         for request in requests:
@@ -163,6 +163,10 @@ class Watched:
                     if event.reason == "error":
                         raise EngineError(f"request {event.request}: {event.error}")
                     reuse[event.request] = event.reuse
+        for request in requests:
+            if len(tokens[request.id]) < request.params.max_tokens:
+                said, asked = len(tokens[request.id]), request.params.max_tokens
+                raise EngineError(f"request {request.id} ended after {said} of {asked} tokens")
         return {name: (tuple(said), self._rows.get(name, {}), reuse[name]) for name, said in tokens.items()}
 
 
@@ -179,7 +183,7 @@ def compare(said: Said, plain: Said, *, bits: bool) -> Compared:
     """
     at = next((i for i, (a, b) in enumerate(zip(said.tokens, plain.tokens, strict=False)) if a != b), None)
     fault = said.fault
-    if len(said.tokens) > len(plain.tokens) and at is None:
+    if said.tokens and len(said.tokens) != len(plain.tokens) and at is None:
         fault = fault or f"{len(said.tokens)} tokens were said, and {len(plain.tokens)} plainly"
     if at is not None and (bits or _margin(plain.rows[len(plain.ids) + at - 1]) > CLEAR):
         fault = fault or f"token {at + 1} of the answer is {said.tokens[at]}, and plainly {plain.tokens[at]}"
