@@ -28,6 +28,10 @@ print(outcome(lambda: socket.create_connection(listening.getsockname())))
 print(outcome(lambda: socket.create_connection(("192.0.2.1", 443), timeout=0.01)))
 print(outcome(lambda: socket.socket(socket.AF_INET6).connect(("2001:db8::1", 443))))
 print(outcome(lambda: socket.socket(type=socket.SOCK_DGRAM).sendto(b"", ("192.0.2.1", 53))))
+print(outcome(lambda: socket.create_connection(("example.org", 443), timeout=0.01)))
+print(outcome(lambda: socket.gethostbyname("example.org")))
+for host in ("localhost", None, "127.0.0.1", socket.gethostname()):
+    assert "forbids" not in outcome(lambda: socket.getaddrinfo(host, 80)), host
 import urllib.request
 print(outcome(lambda: urllib.request.urlopen("http://192.0.2.1/", timeout=0.01)))
 from huggingface_hub.utils import get_session
@@ -39,7 +43,7 @@ def test_connections_are_refused_whichever_library_asks():
     done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, timeout=60)
     first, *others, hub = done.stdout.splitlines()
     assert first == "done"
-    assert len(others) == 4 and all("--offline forbids it" in o for o in others), done
+    assert len(others) == 6 and all("--offline forbids it" in o for o in others), done
     assert hub == "tried"  # its library was told by its own variable
 
 

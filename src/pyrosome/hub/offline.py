@@ -16,6 +16,7 @@ from pyrosome import env
 from pyrosome.errors import RequestError
 
 _ON, _OFF = frozenset({"1", "on", "true", "yes"}), frozenset({"", "0", "off", "false", "no"})
+_OTHERWISE = f"leave it out, or unset {env.OFFLINE.name}"
 _guards: list[object] = []  # a hook cannot be taken away again, so there is at most one
 
 
@@ -51,11 +52,26 @@ def is_here(host: str) -> bool:
 
 
 def _refuse(event: str, args: tuple[Any, ...]) -> None:
+    if event in ("socket.getaddrinfo", "socket.gethostbyname"):
+        if _is_asked_of_others(args[0]):
+            raise RequestError(f"the address of {args[0]} was asked for and --offline forbids it; {_OTHERWISE}")
+        return
     if event not in ("socket.connect", "socket.sendto", "socket.sendmsg"):
         return
     address = args[1]  # a path, where the socket is one of this machine's files
     if isinstance(address, tuple) and not is_here(str(address[0])):
         raise RequestError(
-            f"a connection to {address[0]} port {address[1]} was asked for and --offline forbids it; leave it out, or "
-            f"unset {env.OFFLINE.name}"
+            f"a connection to {address[0]} port {address[1]} was asked for and --offline forbids it; {_OTHERWISE}"
         )
+
+
+def _is_asked_of_others(host: object) -> bool:
+    """Whether looking a host up may ask another machine: it is a name, and neither this machine's nor an address."""
+    import ipaddress
+    import socket
+
+    name = host.decode("latin-1") if isinstance(host, bytes) else str(host or "")
+    with contextlib.suppress(ValueError):
+        ipaddress.ip_address(name.partition("%")[0])
+        return False
+    return not is_here(name) and name != socket.gethostname()
