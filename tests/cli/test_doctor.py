@@ -178,6 +178,8 @@ DOCTOR = sys.modules["pyrosome.cli.doctor"]  # the package's `doctor` is the com
 def looked(monkeypatch, tmp_path):
     """Runs the command in this process, on a state folder of its own; gives its exit status and its report."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    for name in ("PYROSOME_CLIENTS", "PYROSOME_FUZZ_SECONDS", "PYROSOME_HF_PYTHON"):  # of tests and benchmarks
+        monkeypatch.delenv(name, raising=False)
 
     def run(*arguments):
         done = CliRunner().invoke(app, ["doctor", "--json", *arguments])

@@ -138,7 +138,7 @@ class ScriptedEngine:
     def call(self, name: str, /, **arguments: Any) -> Any:
         if name == "about":
             return {"fingerprint": "f" * 64, "max_context": 1 << 20, "max_sequences": 8, "drafter": "NoDrafts",
-                    "kv_format": "fp8"}  # fmt: skip
+                    "kv_format": "fp8", "numerics": "trained"}  # fmt: skip
         if name == "stats":
             return Stats(num_pages={4: 8, 128: 2}, free_pages={4: 8, 128: 2}, running=len(self._open))
         raise RequestError(f"there is no operation {name!r}")
