@@ -264,6 +264,25 @@ def wide(record: dict[str, Any]) -> str:
     ])  # fmt: skip
 
 
+def predictions(record: dict[str, Any]) -> str:
+    """The planner's rates after `pyrosome calibrate`, beside measured ones of networks it was not fitted to."""
+    rows = [
+        (x["shape"], x["kind"], f"{x['tokens']:,}", f"{x['context']:,}", f"{x['predicted']:,.1f}",
+         f"{x['measured']:,.1f}", f"{x['error']:+.1%}")
+        for x in record["lines"]
+    ]  # fmt: skip
+    worst = max(abs(x["error"]) for x in record["lines"])
+    fit = record["calibration"]
+    return (
+        f"Calibrated in the same run: steps that were fitted to are met within {fit['residual']:.1%} (median) and "
+        f"{fit['worst']:.1%} (largest). None of the networks, contexts and prompts below was among them; the largest "
+        f"error is {worst:.1%}. Limits of the run: {_verdict(record)}.\n\n"
+        + table(
+            ("network", "", "tokens", "at context", "predicted, tok/s (computed)", "measured, tok/s", "error"), rows
+        )
+    )
+
+
 def training(record: dict[str, Any]) -> str:
     """Steps of the built-in model's recipe, by who computes them."""
     titles = {
@@ -287,6 +306,7 @@ SECTIONS: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
     "peers": ("Beside transformers, on the same weights", "python -m bench.peers", peers),
     "kernels": ("Kernels at V4-Flash's widths", "python -m bench.kernels", kernels),
     "wide": ("A model of V4-Flash's widths", "python -m bench.wide", wide),
+    "plan": ("Predictions beside measurements", "python -m bench.plan", predictions),
     "train": ("Training the built-in model's recipe", "python -m bench.train", training),
 }
 

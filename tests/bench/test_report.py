@@ -163,7 +163,29 @@ def test_a_wide_model_has_its_rates_and_its_limits():
         assert row in text
 
 
+def plan_record(**changes) -> dict:
+    line = {"shape": "three layers", "kind": "decode", "tokens": 1, "context": 65536}
+    return {
+        **ORIGIN, "bench": "plan", "problems": [], "calibration": {"residual": 0.031, "worst": 0.172},
+        "lines": [{**line, "predicted": 1100.5, "measured": 1000.0, "error": 0.1005},
+                  {**line, "kind": "prefill", "tokens": 512, "predicted": 88.0, "measured": 100.0, "error": -0.12}],
+        **changes,
+    }  # fmt: skip
+
+
+def test_predictions_stand_beside_what_was_measured():
+    text = report.page({"plan": plan_record()})
+    for row in (
+        "| three layers | decode | 1 | 65,536 | 1,100.5 | 1,000.0 | +10.1% |",
+        "| three layers | prefill | 512 | 65,536 | 88.0 | 100.0 | -12.0% |",
+        "within 3.1% (median) and 17.2% (largest)",
+        "the largest error is 12.0%. Limits of the run: passed.",
+    ):
+        assert row in text
+
+
 def test_what_failed_is_said():
+    assert "FAILED: too slow" in report.page({"plan": plan_record(problems=["too slow"])})
     assert "FAILED: too slow" in report.page({"kernels": kernels_record(problems=["too slow"])})
     assert "FAILED: too slow" in report.page({"wide": wide_record(problems=["too slow"])})
     assert "FAILED: 4,096: layer 1: no" in report.page({"frontier": frontier_record(problems=["4,096: layer 1: no"])})
