@@ -185,6 +185,9 @@ def test_a_checkpoint_s_own_steps_are_predicted_beside_timed(monkeypatch):
     monkeypatch.setattr(own, "ROUNDS", 1)
     monkeypatch.setattr(own, "DECODING", (64,))
     monkeypatch.setattr(own, "PROMPTS", (32,))
+    loaded, load = [], own.load_model
+    monkeypatch.setattr(own, "load_model", lambda *a, **k: loaded.append(load(*a, **k)) or loaded[0])
     found = own.own_steps("builtin:nano", 1)
+    assert loaded[0].numerics == "trained"  # as calibrated steps are, and as a plan asks for
     assert [(f["what"], f["at"]) for f in found] == [("decode tok/s", " at 64"), ("prefill tok/s", " of 32")]
     assert all(f["predicted"] > 0 and f["measured"] > 0 for f in found)

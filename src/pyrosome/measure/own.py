@@ -28,7 +28,7 @@ def own_steps(path: str, threads: int, say: Callable[[str], None] = lambda _: No
         CheckpointError: the files are not what they claim to be.
     """
     planned, here = Model.open(path), machine("here")
-    loaded = load_model(path)
+    loaded = load_model(path, numerics="trained")  # what plans are of
     room = planned.config.max_position_embeddings
     loads = [Load(1, 1, n, loaded.kv_format) for n in DECODING if n + 512 <= room]
     loads += [Load(1, n, 0, loaded.kv_format) for n in PROMPTS if n <= room]
