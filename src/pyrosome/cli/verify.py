@@ -56,7 +56,10 @@ def verify(
 
     if offline:
         go_offline()
-    names = chosen(_names(only) or None, _names(skip))
+    names = chosen(_names("--only", only) or None, _names("--skip", skip))
+    for option, file, check in (("--logprobs", logprobs, "logprobs"), ("--checksums", checksums, "files")):
+        if file is not None and check not in names:
+            raise RequestError(f"{option} is for the check {check}, which is not to run; leave it out, or run {check}")
     _check_arguments(seed, numerics, device, logprobs, checksums, tokenizer)
     _check_model(model)
     if receipt is not None:
@@ -84,8 +87,11 @@ def verify(
         raise typer.Exit(INTERRUPTED if record.interrupted else CHECK_FAILED)
 
 
-def _names(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
+def _names(option: str, text: str) -> list[str]:
+    names = [part.strip() for part in text.split(",") if part.strip()]
+    if text and not names:
+        raise RequestError(f"{option} is {text!r}; names of checks by commas are expected")
+    return names
 
 
 def _check_arguments(
