@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 HAS_COMPILER = any(map(shutil.which, ("g++", "clang++", "c++"))) or "CXX" in os.environ
 needs_a_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="there is no C++ compiler")
 posix = pytest.mark.skipif(sys.platform == "win32", reason="its compiler is a shell script")
-ALL = " ".join(frozenset().union(*toolchain.NEEDS.values()))
+ALL = " ".join(sorted(frozenset().union(*toolchain.NEEDS.values())))
 
 
 @pytest.fixture
