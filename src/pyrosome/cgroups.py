@@ -1,4 +1,4 @@
-"""What the container that this process is in may use: control groups of Linux, versions 1 and 2."""
+"""What this process may use, of the machine or of its container: control groups of Linux, versions 1 and 2."""
 
 from __future__ import annotations
 
@@ -31,6 +31,14 @@ def memory_limit(root: Path = ROOT) -> tuple[int, int]:
                 kept = max(0, int(used) - _files(group)) if used.isdigit() else 0
                 found.append((int(most), kept))
     return min(found, key=lambda f: f[0] - f[1], default=(NO_LIMIT, 0))
+
+
+def available_memory(root: Path = ROOT) -> int:
+    """Bytes this process may still take: of the machine, or of the container it is in; 0: not known."""
+    told = re.search(r"^MemAvailable:\s*(\d+) kB", text(root / "proc/meminfo"), re.MULTILINE)
+    limit, used = memory_limit(root)
+    left = [int(told[1]) * 1024] if told else []
+    return min(left + ([max(1, limit - used)] if limit < NO_LIMIT else []), default=0)
 
 
 def _files(group: Path) -> int:

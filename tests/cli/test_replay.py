@@ -189,12 +189,15 @@ def test_at_its_end_a_server_tells_what_was_reached_beside_what_was_predicted(ta
     assert "measured" not in taken("--json")[1]
 
 
-def test_files_that_a_container_has_read_are_not_counted_as_used(tmp_path, monkeypatch):
-    monkeypatch.setattr("pyrosome.cli.server_flags.memory", lambda: {"available": 100 * GIB})
+def test_files_that_a_container_has_read_are_not_counted_as_used(tmp_path):
+    group = tmp_path / "sys/fs/cgroup"
+    group.mkdir(parents=True)
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/meminfo").write_text(f"MemAvailable: {100 * GIB // 1024} kB\n")
     limits = {"memory.max": 10 * GIB, "memory.current": 9 * GIB}
     for name, value in limits.items():
-        (tmp_path / name).write_text(f"{value}\n")
-    (tmp_path / "memory.stat").write_text(f"anon {GIB}\ninactive_file {5 * GIB}\nactive_file {GIB}\n")
+        (group / name).write_text(f"{value}\n")
+    (group / "memory.stat").write_text(f"anon {GIB}\ninactive_file {5 * GIB}\nactive_file {GIB}\n")
     assert available_memory(tmp_path) == 7 * GIB
-    (tmp_path / "memory.max").write_text("max\n")
+    (group / "memory.max").write_text("max\n")
     assert available_memory(tmp_path) == 100 * GIB

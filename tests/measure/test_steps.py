@@ -169,7 +169,7 @@ def test_nonsense_is_refused_before_anything_is_measured(tmp_path, monkeypatch, 
 
 
 def test_too_little_memory_is_refused_with_how_much_it_takes(tmp_path, monkeypatch):
-    monkeypatch.setattr(calibrating, "available_bytes", lambda: 1 << 30)
+    monkeypatch.setattr(calibrating, "available_memory", lambda: 1 << 30)
     with pytest.raises(RequestError, match=r"1\.0 GiB of memory are available and calibrating takes 4\.0 GiB"):
         calibrating.calibrate(120, 1, tmp_path)
 

@@ -265,15 +265,15 @@ def test_one_model_is_held_at_a_time_and_loaded_once():
     assert not subject._held
 
 
-def test_free_memory_is_the_least_of_what_limits(tmp_path, monkeypatch):
-    told, group = tmp_path / "meminfo", tmp_path / "memory.max"
-    monkeypatch.setattr(subject, "_MEMINFO", told)
-    monkeypatch.setattr(subject, "_CGROUP", group)
+def test_free_memory_is_the_least_of_what_limits(tmp_path):
+    told, group = tmp_path / "proc/meminfo", tmp_path / "sys/fs/cgroup/memory.max"
+    told.parent.mkdir()
+    group.parent.mkdir(parents=True)
     told.write_text("MemTotal: 9 kB\nMemAvailable:    5000 kB\n")
     group.write_text("max\n")
-    assert subject.free_memory() == 5000 * 1024
+    assert subject.free_memory(tmp_path) == 5000 * 1024
     group.write_text("1024\n")
-    assert subject.free_memory() == 1024
+    assert subject.free_memory(tmp_path) == 1024
 
 
 def test_no_room_is_an_error_with_its_bytes(monkeypatch):

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import re
 import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from pyrosome.cgroups import ROOT, text
+from pyrosome.plan import here
 
 TOOL_SECONDS = 10.0  # nvidia-smi wakes devices that sleep
 QUERY = ("name", "driver_version", "memory.total", "memory.free", "compute_cap", "pci.bus_id")
@@ -24,11 +24,7 @@ GENERATIONS = {2.5: 1, 5.0: 2, 8.0: 3, 16.0: 4, 32.0: 5, 64.0: 6}  # of PCIe, by
 
 def run_tool(*command: str) -> str:
     """What a tool prints; "" where it is not there, fails or hangs."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TOOL_SECONDS, check=True)
-    except (OSError, ValueError, subprocess.SubprocessError):
-        return ""
-    return done.stdout
+    return here.run_tool(*command, seconds=TOOL_SECONDS)
 
 
 def driver(run: Callable[..., str] = run_tool) -> dict[str, Any]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pyrosome.cli.machine import memory
+from pyrosome.cgroups import available_memory as available_memory
 from pyrosome.errors import RequestError
 
 if TYPE_CHECKING:
@@ -182,17 +181,3 @@ def cache_size(
 def at_least(size: CacheSize, num_bytes: int, context: int) -> CacheSize:
     """A cache that takes one sequence of the context that was asked for, whatever else speaks for a smaller one."""
     return size if size.num_bytes >= num_bytes else CacheSize(num_bytes, f"room for one sequence of {context:,} tokens")
-
-
-def available_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes this process may still take: of the machine, or of the container it is in; 0: not known.
-
-    Files that a container has read count as its memory and are given up when it needs some, so they are left out.
-    """
-    found = [memory()["available"]]
-    with contextlib.suppress(OSError, ValueError):  # no container, or one without a limit
-        limit, used = (int((cgroup / name).read_text()) for name in ("memory.max", "memory.current"))
-        told = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
-        files = int(told.get("inactive_file", 0)) + int(told.get("active_file", 0))
-        found.append(max(1, limit - max(0, used - files)))
-    return min((f for f in found if f), default=0)

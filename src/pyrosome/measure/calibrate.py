@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import datetime
 import os
-import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from pyrosome.cgroups import available_memory
 from pyrosome.errors import RequestError
 from pyrosome.measure import ceilings
 from pyrosome.measure.steps import Sample, Shape, measured
@@ -114,18 +114,9 @@ def _check(seconds: float, threads: int) -> None:
             f"{seconds:g} seconds were asked for; the networks alone take most of {LEAST_SECONDS:g}, and "
             f"{MOST_SECONDS:,g} are the most"
         )
-    free = available_bytes()
+    free = available_memory()
     if 0 < free < NEEDED_BYTES:
         raise RequestError(
             f"{free / 2**30:.1f} GiB of memory are available and calibrating takes {NEEDED_BYTES / 2**30:.1f} GiB; end "
             "what else runs"
         )
-
-
-def available_bytes() -> int:
-    """Memory that can be had now; 0 where the system does not say."""
-    try:
-        found = re.search(r"^MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text(encoding="utf-8"), re.MULTILINE)
-    except OSError:
-        return 0
-    return int(found[1]) * 1024 if found else 0

@@ -106,9 +106,13 @@ def _sysctl(key: str) -> str:
 
 
 def _run(*command: str) -> str:
-    """What a tool prints; "" where it is not there, fails or hangs."""
+    return run_tool(*command, seconds=TOOL_SECONDS)
+
+
+def run_tool(*command: str, seconds: float) -> str:
+    """What a tool prints; "" where it is not there, fails or hangs for longer than that."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TOOL_SECONDS, check=True)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=True)
     except (OSError, ValueError, subprocess.SubprocessError):
         return ""
     return done.stdout

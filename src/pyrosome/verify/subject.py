@@ -10,13 +10,13 @@ import dataclasses
 import functools
 import itertools
 import os
-import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from pyrosome.cgroups import ROOT, available_memory
 from pyrosome.chat import Chat, Tokenizer
 from pyrosome.chat.tokenizer import FILE_NAME
 from pyrosome.checkpoint.index import BUILTIN, CheckpointIndex, open_checkpoint
@@ -34,7 +34,6 @@ OFFICIAL_VOCABULARY = 129_280  # ids of every official release
 STEP_TOKENS = 256  # of a text, computed at once while its rows are read
 # Beside the weights: what a step works in, and per id of the vocabulary the logits that are kept for comparison.
 STEP_BYTES, LOGIT_BYTES = 256 << 20, 16 << 10
-_MEMINFO, _CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,17 +169,13 @@ def _free_on(device: str) -> int:
         return 0
 
 
-def free_memory() -> int:
-    """Bytes this process may still take; 0 where the system does not say."""
-    found = []
-    with contextlib.suppress(OSError):
-        if told := re.search(r"^MemAvailable:\s*(\d+) kB", _MEMINFO.read_text(encoding="utf-8"), re.MULTILINE):
-            found.append(int(told[1]) * 1024)
-    with contextlib.suppress(OSError, ValueError):  # "max": no limit of this group's own
-        found.append(int(_CGROUP.read_text(encoding="utf-8")))
+def free_memory(root: Path = ROOT) -> int:
+    """Bytes this process may still take, or the machine's where that is all it tells; 0 where it does not say."""
+    if found := available_memory(root):
+        return found
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    return min(found, default=0)
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return 0
 
 
 def why_no_bits(device: str) -> str:
