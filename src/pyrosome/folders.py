@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -37,3 +38,18 @@ def private_folder(folder: Path) -> Path:
             f"the state folder {folder} cannot be used: {error.strerror or error}; name another with state_path"
         ) from None
     return folder
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """A small file that is there whole or not at all; what others have open of it stays as it was.
+
+    Raises:
+        OSError: it cannot be written; nothing of it is left.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_bytes(data)
+        os.replace(partial, path)
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)

@@ -113,17 +113,23 @@ def test_at_a_terminal_it_asks(tmp_path, hub, source, answer, there):
     assert (tmp_path / "a" / "SHA256SUMS").exists() is there
 
 
-def test_kill_9_half_way_and_a_second_run_goes_on(tmp_path, hub, source):
-    hub.faults = [Fault(SHARD, "slow", times=2, at=8192, pause_s=0.02)]
+def half_way(tmp_path, hub, num_bytes):
+    """A process that pulls, once more than so many bytes of a shard are there; and the file that has them."""
     command = [sys.executable, *REAL, "pull", REPO, "--mirror", hub.url, "--to", str(tmp_path / "a"), "--yes", "--json"]
     partial = tmp_path / "a" / f"{SHARD}.partial"
     child = subprocess.Popen(
-        command, cwd=ROOT, env=environment(tmp_path, **clean()), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        command, cwd=ROOT, env=environment(tmp_path, **clean()), stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
     until = time.monotonic() + 60
-    while not (partial.exists() and partial.stat().st_size > 16_384):
+    while not (partial.exists() and partial.stat().st_size > num_bytes):
         assert child.poll() is None and time.monotonic() < until, child.stderr.read()
         time.sleep(0.005)
+    return child, partial
+
+
+def test_kill_9_half_way_and_a_second_run_goes_on(tmp_path, hub, source):
+    hub.faults = [Fault(SHARD, "slow", times=2, at=8192, pause_s=0.02)]
+    child, partial = half_way(tmp_path, hub, 16_384)
     os.kill(child.pid, signal.SIGKILL)
     child.communicate()
     had = partial.stat().st_size
@@ -141,15 +147,7 @@ def test_kill_9_half_way_and_a_second_run_goes_on(tmp_path, hub, source):
 
 def test_ctrl_c_keeps_what_came(tmp_path, hub):
     hub.faults = [Fault(SHARD, "slow", at=8192, pause_s=0.02)]
-    command = [sys.executable, *REAL, "pull", REPO, "--mirror", hub.url, "--to", str(tmp_path / "a"), "--yes", "--json"]
-    partial = tmp_path / "a" / f"{SHARD}.partial"
-    child = subprocess.Popen(
-        command, cwd=ROOT, env=environment(tmp_path, **clean()), stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    until = time.monotonic() + 60
-    while not (partial.exists() and partial.stat().st_size > 8192):
-        assert child.poll() is None and time.monotonic() < until
-        time.sleep(0.005)
+    child, partial = half_way(tmp_path, hub, 8192)
     child.send_signal(signal.SIGINT)
     _, said = child.communicate(timeout=60)
     assert child.returncode == 130 and b"goes on from there" in said and b"Traceback" not in said

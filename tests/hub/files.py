@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from pathlib import Path
 
+from pyrosome.checkpoint.index import INDEX_NAME
+from pyrosome.hub.pull import Offer, prepare, take
+from pyrosome.hub.remote import Hub
 from pyrosome.testing.shapes import tiny
 from tests.checkpoint.files import DATA, random_checkpoint
+from tests.hub.server import LoopHub
 
 REPO = "tests/tiny"
+WAITS = (0.0, 0.0, 0.0)
+NEEDED = ["LICENSE", "config.json", "encoding/cases.json", "generation_config.json", INDEX_NAME, "tokenizer.json",
+          "tokenizer_config.json"]  # fmt: skip
 
 
 def make_source(path: Path) -> Path:
@@ -31,3 +39,15 @@ def shards(files: Path) -> list[str]:
 
 def same_files(source: Path, target: Path, names: list[str]) -> bool:
     return all((source / n).read_bytes() == (target / n).read_bytes() for n in names)
+
+
+def asker(server: LoopHub, **kwargs) -> Hub:
+    return Hub(REPO, server.url, waits_s=WAITS, **{"silence_s": 5.0, **kwargs})
+
+
+def pulled(server: LoopHub, directory: Path, revision: str = "main", **kwargs) -> tuple[Offer, Counter]:
+    """Pull; returns what was offered, and the bytes that were checked, fetched and dropped."""
+    hub, heard = asker(server, **kwargs), Counter()
+    offer = prepare(hub, revision, directory)
+    take(hub, offer, lambda what, n: heard.update({what: n}))
+    return offer, heard

@@ -17,29 +17,13 @@ import pytest
 from pyrosome.checkpoint.index import INDEX_NAME, open_checkpoint
 from pyrosome.errors import CheckpointError, DoesNotFit, FetchError, RequestError, UnsupportedFormat
 from pyrosome.hub import fetch, pull
-from pyrosome.hub.pull import Offer, prepare, survey, take
+from pyrosome.hub.pull import Offer, prepare, take
 from pyrosome.hub.record import Record
 from pyrosome.hub.remote import Hub, Stopped
 from pyrosome.testing.headers import write_headers
 from tests.checkpoint.files import read_entries, write_entries
-from tests.hub.files import REPO, same_files, shards
+from tests.hub.files import NEEDED, REPO, WAITS, asker, pulled, same_files, shards
 from tests.hub.server import COMMIT, OTHER, Fault, LoopHub, by_path, loop_hub
-
-WAITS = (0.0, 0.0, 0.0)
-NEEDED = ["LICENSE", "config.json", "encoding/cases.json", "generation_config.json", INDEX_NAME, "tokenizer.json",
-          "tokenizer_config.json"]  # fmt: skip
-
-
-def asker(server: LoopHub, **kwargs) -> Hub:
-    return Hub(REPO, server.url, waits_s=WAITS, **{"silence_s": 5.0, **kwargs})
-
-
-def pulled(server: LoopHub, directory: Path, revision: str = "main", **kwargs) -> tuple[Offer, Counter]:
-    """Pull; returns what was offered, and the bytes that were checked, fetched and dropped."""
-    hub, heard = asker(server, **kwargs), Counter()
-    offer = prepare(hub, revision, directory)
-    take(hub, offer, lambda what, n: heard.update({what: n}))
-    return offer, heard
 
 
 def refused(server: LoopHub, directory: Path, kind: type[Exception], *said: str, revision: str = "main") -> None:
@@ -368,18 +352,12 @@ def test_redirects_are_followed_and_the_token_stays_behind(hub, source, tmp_path
 # Other bytes than are listed.
 
 
-def test_a_file_that_came_wrong_is_fetched_once_more(hub, source, tmp_path):
+@pytest.mark.parametrize(
+    ("how", "at"), [("corrupt", 50_000), ("changed", 20_000)]
+)  # damaged; another between two ranges
+def test_a_file_that_came_wrong_is_fetched_once_more(hub, source, tmp_path, how, at):
     offer = prepare(asker(hub), "main", tmp_path)
-    hub.faults = [Fault(SHARD, "corrupt", times=1, at=50_000)]
-    _, heard = _take(hub, offer)
-    size = (source / "model-00002-of-00003.safetensors").stat().st_size
-    assert same_files(source, tmp_path, shards(source))
-    assert (heard["fetched"], heard["dropped"]) == (offer.num_bytes + size, size)
-
-
-def test_a_file_that_changes_between_two_ranges_is_not_made_of_both(hub, source, tmp_path):
-    offer = prepare(asker(hub), "main", tmp_path)
-    hub.faults = [Fault(SHARD, "changed", times=1, at=20_000)]
+    hub.faults = [Fault(SHARD, how, times=1, at=at)]
     _, heard = _take(hub, offer)
     size = (source / "model-00002-of-00003.safetensors").stat().st_size
     assert same_files(source, tmp_path, shards(source))
@@ -577,43 +555,3 @@ def test_two_pulls_do_not_write_into_one_directory(hub, tmp_path):
     with Claim(tmp_path):
         refused(hub, tmp_path, RequestError, "another process")
     pulled(hub, tmp_path)
-
-
-# Without a connection.
-
-
-def test_a_survey_says_what_is_there_without_asking_anybody(hub, source, tmp_path):
-    pulled(hub, tmp_path)
-    one, two, three = shards(source)
-    (tmp_path / one).rename(tmp_path / f"{one}.partial")
-    (tmp_path / two).unlink()
-    raw = bytearray((tmp_path / three).read_bytes())
-    raw[99] ^= 1
-    (tmp_path / three).write_bytes(raw)
-    hub.asked.clear()
-    record, states = survey(tmp_path, REPO)
-    assert (record.commit, hub.asked) == (COMMIT, [])
-    assert states == dict.fromkeys(NEEDED, "right") | {one: "partial", two: "missing", three: "wrong"}
-
-
-def test_a_survey_of_nothing_says_what_to_do(tmp_path):
-    with pytest.raises(RequestError, match=r"nothing was pulled there.*pyrosome pull tests/tiny"):
-        survey(tmp_path, REPO)
-
-
-def test_a_survey_of_another_repository_is_refused(hub, tmp_path):
-    pulled(hub, tmp_path)
-    with pytest.raises(RequestError, match=f"holds {REPO}"):
-        survey(tmp_path, "tests/other")
-
-
-@pytest.mark.parametrize(
-    "text", ["", "[]", "{}", '{"version": 2}', '{"version": 1, "files": [1]}', "\xff", "[" * 10_000,
-             *(f'{{"version": 1, "repo": "a/b", "revision": "m", "commit": "c", "files": [{{"name": {name}, '
-               f'"num_bytes": {size}, "sha256": "{"0" * 64}", "blob": null}}]}}'
-               for name, size in (('"x"', "null"), ("1", "1"), ('"../x"', "1"), ('"/etc/passwd"', "1")))],
-)  # fmt: skip
-def test_a_record_that_cannot_be_read_is_named(tmp_path, text):
-    (tmp_path / ".pull.json").write_bytes(text.encode("latin-1"))
-    with pytest.raises(CheckpointError, match=r"\.pull\.json cannot be understood"):
-        Record.read(tmp_path)

@@ -10,10 +10,8 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
 import re
 import statistics
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyrosome.errors import PlanError
-from pyrosome.folders import private_folder, state_home
+from pyrosome.folders import private_folder, state_home, write_whole
 from pyrosome.plan.history import installed
 from pyrosome.plan.inventory import Model
 from pyrosome.plan.layout import Layout
@@ -158,9 +156,7 @@ def save(calibration: Calibration) -> Path:
     path = place / f"{name}-{calibration.threads}.json"
     text = json.dumps(dataclasses.asdict(calibration), indent=1) + "\n"
     try:
-        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=place, suffix=".part", delete=False) as file:
-            file.write(text)
-        os.replace(file.name, path)
+        write_whole(path, text.encode())
     except OSError as error:
         raise PlanError(f"the calibration cannot be written to {path}: {error.strerror or error}") from None
     return path

@@ -14,13 +14,12 @@ import logging
 import math
 import os
 import statistics
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, TypedDict
 
 from pyrosome.errors import RequestError
-from pyrosome.folders import private_folder, state_home
+from pyrosome.folders import private_folder, state_home, write_whole
 
 log = logging.getLogger(__name__)
 
@@ -170,6 +169,4 @@ def _end_line(file: IO[bytes]) -> None:
 
 def _halve() -> None:
     lines = path().read_bytes().splitlines(keepends=True)
-    with tempfile.NamedTemporaryFile(dir=path().parent, prefix="plans-", suffix=".part", delete=False) as file:
-        file.writelines(lines[len(lines) // 2 :])
-    os.replace(file.name, path())
+    write_whole(path(), b"".join(lines[len(lines) // 2 :]))

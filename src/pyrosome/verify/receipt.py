@@ -5,7 +5,6 @@ The page needs nothing from elsewhere and runs nothing.  Names in it come from f
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import datetime
 import json
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pyrosome.errors import RequestError
+from pyrosome.folders import write_whole
 from pyrosome.verify.finding import Finding, Wanted
 from pyrosome.verify.page import page
 
@@ -123,15 +123,10 @@ def write(directory: Path, receipt: dict[str, Any]) -> tuple[Path, Path]:
     text = json.dumps(receipt, ensure_ascii=False, indent=1, allow_nan=False) + "\n"
     paths = directory / JSON_NAME, directory / HTML_NAME
     for path, content in zip(paths, (text, page(receipt)), strict=True):
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         try:
-            partial.write_text(content, encoding="utf-8", errors="backslashreplace")  # names may hold lone surrogates
-            os.replace(partial, path)
+            write_whole(path, content.encode(errors="backslashreplace"))  # names may hold lone surrogates
         except OSError as error:
             raise RequestError(f"the receipt was to be written to {path}: {error.strerror or error}") from None
-        finally:
-            with contextlib.suppress(OSError):
-                partial.unlink(missing_ok=True)
     return paths
 
 
