@@ -6,8 +6,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from pyrosome.testing.make_nano import make_nano
+
+# The same examples in every run, however long one takes: a run's result is of the code alone.  To look for new ones:
+# pytest --hypothesis-profile=searching
+settings.register_profile("searching", deadline=None)
+settings.register_profile("repeatable", deadline=None, derandomize=True)
+settings.load_profile("repeatable")
 
 
 @pytest.fixture(scope="session", autouse=True)

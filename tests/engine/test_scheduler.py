@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pyrosome.cache.streams import BLOCK_TOKENS
@@ -107,13 +107,16 @@ one = st.builds(
 
 
 @given(st.lists(one, min_size=1, max_size=30), st.integers(1, 600))
+@example([prompt(0, 16), prompt(1, 16, priority=1), prompt(2, 16, priority=1)], 1)
+@example([prompt(0, 700), *(prompt(i, 700, priority=2) for i in range(1, 30))], 1)
 def test_everybody_is_served_before_long_whatever_the_budget(everybody, step_tokens):
     """Prompts end, and who generates is served again and again, in a number of steps that the work bounds."""
     for order, c in enumerate(everybody):
         c.order = order
-    # A round serves each once: at least one in a step, and a prompt by a share at least.
+    # A round serves each once: at least one in a step, and a prompt by a share at least.  Prompts of higher priority
+    # may take whole steps before one of lower priority has its first: so long again at most.
     longest = max(c.num_pending for c in everybody)
-    bound = (len(everybody) + 1) * (longest // max(1, step_tokens // PROMPT_SHARE) + 3)
+    bound = 2 * (len(everybody) + 1) * (longest // max(1, step_tokens // PROMPT_SHARE) + 3)
     turn, seen = 0, {c.order: 0 for c in everybody}
     for _ in range(bound):
         before = [(c.num_pending, c.length, c.turn, c.waited) for c in everybody]
