@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+
+# Where there is no GPU, Triton's kernels run in its interpreter; it looks at this once, when it is first imported.
+if not (importlib.util.find_spec("torch.cuda") and __import__("torch").cuda.is_available()):
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from collections.abc import Iterator
 from pathlib import Path
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyrosome.ops import native
+from pyrosome.ops import gpu, native
 from pyrosome.ops.seam import Op
 
 
@@ -22,3 +22,4 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 
 
 native.kernel(rms_norm)
+gpu.kernel(rms_norm)

@@ -1,0 +1,127 @@
+"""What kernels share on the device: number formats, and products of their tiles.
+
+The same values as `quant`, bit for bit.  Rounding is written in integers: Triton's interpreter truncates where it
+should round to nearest when it narrows a float, and has no bfloat16 arithmetic.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def bits_of(x):
+    """The bits of a float32, as int32."""
+    return x.to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def float_of(bits):
+    """The float32 of int32 bits."""
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def decode_e8m0(byte):
+    """float32 values of E8M0 bytes; 0 is 2^-127, 255 is NaN."""
+    e = byte.to(tl.int32)
+    bits = tl.where(e == 0, 1 << 22, e << 23)
+    return float_of(tl.where(e == 255, 0x7FC00000, bits))
+
+
+@triton.jit
+def ceil_pow2(x):
+    """(float32 scale, E8M0 byte as int32): 2^ceil(log2(x)) of positive x, at least 2^-126; NaN above 2^127."""
+    bits = bits_of(x) & 0x7FFFFFFF
+    exponent = ((bits - 1) >> 23) + 1
+    exponent = tl.minimum(tl.maximum(exponent, 1), 255)
+    return float_of((exponent << 23) | (((exponent + 1) >> 8) << 22)), exponent
+
+
+@triton.jit
+def decode_e4m3(byte):
+    """float32 values of e4m3 codes (uint8); 127 and 255 are NaN."""
+    b = byte.to(tl.int32)
+    size = b & 0x7F
+    normal = float_of((size << 20) + (120 << 23))
+    subnormal = size.to(tl.float32) * 0.001953125  # 2^-9: below 8 a code counts them
+    value = tl.where(size < 8, subnormal, normal)
+    value = tl.where(size == 127, float_of(b * 0 + 0x7FC00000), value)
+    return float_of(bits_of(value) | ((b & 0x80) << 24))
+
+
+@triton.jit
+def encode_e4m3(x):
+    """e4m3 codes (int32) of float32 x of magnitudes up to 448, to nearest, ties to even; NaN is 127."""
+    bits = bits_of(x)
+    size = bits & 0x7FFFFFFF
+    # A normal number keeps 3 bits of its mantissa: half of the last one less 1, plus it, rounds ties to even.
+    normal = ((size + 0x7FFFF + ((size >> 20) & 1)) >> 20) - (120 << 3)
+    # Below 2^-6 codes count 2^-9: adding 1.5 x 2^14 leaves that count in the lowest bits.
+    subnormal = bits_of(float_of(size) + 24576.0) - 0x46C00000
+    code = tl.where(size < (121 << 23), subnormal, normal)
+    code = tl.where(size > 0x7F800000, 127, code)
+    return code | ((bits >> 24) & 0x80)
+
+
+@triton.jit
+def decode_e2m1(code):
+    """float32 values of e2m1 codes (integers whose lowest 4 bits count)."""
+    c = code.to(tl.int32)
+    size = c & 7
+    # Two exponent bits and one of mantissa; code 1 is the one subnormal, 0.5.
+    bits = tl.where(size > 1, (size << 22) + (126 << 23), size * (126 << 23))
+    return float_of(bits | ((c & 8) << 28))
+
+
+@triton.jit
+def encode_e2m1(x):
+    """e2m1 codes (int32) of float32 x of magnitudes up to 6, to nearest, ties to even; a zero keeps its sign."""
+    bits = bits_of(x)
+    size = float_of(bits & 0x7FFFFFFF)
+    # Adding 1.5 x 2^(e + 22) rounds to a multiple of 2^(e - 1) and leaves the count in the lowest bits.
+    exponent = tl.maximum(bits & 0x7F800000, 127 << 23)
+    rounded = bits_of(size + float_of(exponent + ((22 << 23) | (1 << 22))))
+    return ((rounded & 7) + ((rounded >> 22) - 299)) | ((bits >> 28) & 8)
+
+
+@triton.jit
+def to_bf16_bits(x):
+    """The bits (int32) of float32 x rounded to bfloat16, ties to even."""
+    bits = bits_of(x)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+    return tl.where((bits & 0x7FFFFFFF) > 0x7F800000, bits | 0x400000, rounded)
+
+
+@triton.jit
+def round_bf16(x):
+    """float32 x rounded to values of bfloat16: a cast to bfloat16 behind it is exact."""
+    return float_of(to_bf16_bits(x))
+
+
+@triton.jit
+def dot(a, b, acc, UPCAST: tl.constexpr):
+    """acc + a b of bfloat16 or e4m3 tiles, products exact, summed in float32.
+
+    UPCAST is for the interpreter, which gets bfloat16 products wrong.
+    """
+    if UPCAST:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    return tl.dot(a, b, acc)
+
+
+@triton.jit
+def narrow(x, UPCAST: tl.constexpr):
+    """float32 values that bfloat16 holds, as bfloat16 for a `dot`; under UPCAST they stay as they are."""
+    if UPCAST:
+        return x
+    return x.to(tl.bfloat16)
+
+
+@triton.jit
+def split3(x):
+    """float32 x as a sum of three values of bfloat16 each, exact to its last bit but for the smallest numbers."""
+    high = round_bf16(x)
+    middle = round_bf16(x - high)
+    return high, middle, round_bf16(x - high - middle)
