@@ -30,7 +30,6 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     x = x.contiguous()
     out = torch.empty_like(x)
     weight = weight if weight is None else weight.contiguous()
-    gpu.launch(
-        _rms_norm, (x.numel() // max(K, 1),), x, weight, out, eps, K=K, BLOCK=triton.next_power_of_2(K), variant=_ROW
-    )
+    rows = x.numel() // max(K, 1)
+    gpu.launch(_rms_norm, (rows,), x, weight, out, eps, K=K, BLOCK=gpu.pow2(K), variant=_ROW)
     return out
