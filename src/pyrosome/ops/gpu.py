@@ -194,6 +194,28 @@ def launch(
         kernel[grid](*args, **variant.constants, **constants, num_warps=variant.warps, num_stages=variant.stages)
 
 
+_forced: contextvars.ContextVar[Mapping[str, str]] = contextvars.ContextVar("forced", default={})  # noqa: B039
+
+
+def chosen(kernel: str, key: str, variants: Mapping[str, Variant], default: str, target: Target) -> Variant:
+    """The variant of a kernel for calls of one class of shapes: the default, or the one that is forced.
+
+    Args:
+        key: the class, "N=4096,K=1024,M<=16": few of them, by shapes alone.
+    """
+    return variants[_forced.get().get(kernel, default)]
+
+
+@contextlib.contextmanager
+def forced(**variants: str) -> Iterator[None]:
+    """Take these variants, by kernel, in a block: for tests, and for measuring one beside another."""
+    token = _forced.set({**_forced.get(), **variants})
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
 _KINDS = {
     torch.float32: "*fp32", torch.float64: "*fp64", torch.bfloat16: "*bf16", torch.float16: "*fp16",
     torch.uint8: "*u8", torch.int8: "*i8", torch.int32: "*i32", torch.int64: "*i64", torch.bool: "*i1",
