@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pyrosome.errors import KernelUnavailable
+from pyrosome.ops import tuned
 from pyrosome.ops.seam import Op, Place
 
 FORMATS = ("", "fp8", "fp4", "f32", "bf16")
@@ -32,6 +34,7 @@ class Target(NamedTuple):
 
     capability: int  # 90 for compute capability 9.0
     interpreted: bool = False  # by Triton's interpreter, on the CPU
+    device: str = ""  # its name, where choices were measured for it; "" where nothing runs
 
     @property
     def has_fp8(self) -> bool:
@@ -132,7 +135,7 @@ def target(device: torch.device) -> Target:
 @functools.cache
 def _target_of(index: int) -> Target:
     major, minor = torch.cuda.get_device_capability(index)
-    return Target(10 * major + minor)
+    return Target(10 * major + minor, device=torch.cuda.get_device_name(index))
 
 
 @contextlib.contextmanager
@@ -146,10 +149,14 @@ def pretend(capability: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def tracing(capability: int) -> Iterator[list[Launch]]:
-    """Record launches instead of making them: call kernels on meta tensors in the block."""
+def tracing(capability: int, device: str = "") -> Iterator[list[Launch]]:
+    """Record launches instead of making them: call kernels on meta tensors in the block.
+
+    Args:
+        device: takes the variants that were measured to be fastest on it, where there are such.
+    """
     launches: list[Launch] = []
-    token = _traced.set((Target(capability), launches))
+    token = _traced.set((Target(capability, device=device), launches))
     try:
         yield launches
     finally:
@@ -194,16 +201,38 @@ def launch(
         kernel[grid](*args, **variant.constants, **constants, num_warps=variant.warps, num_stages=variant.stages)
 
 
+class Choice(NamedTuple):
+    """A choice that was made: for which class of shapes, among what."""
+
+    kernel: str
+    key: str
+    variants: tuple[str, ...]
+    default: str
+    taken: str
+
+
 _forced: contextvars.ContextVar[Mapping[str, str]] = contextvars.ContextVar("forced", default={})  # noqa: B039
+_told: contextvars.ContextVar[list[Choice] | None] = contextvars.ContextVar("told", default=None)
 
 
 def chosen(kernel: str, key: str, variants: Mapping[str, Variant], default: str, target: Target) -> Variant:
-    """The variant of a kernel for calls of one class of shapes: the default, or the one that is forced.
+    """The variant of a kernel for calls of one class of shapes: forced, or measured on the device, or the default.
 
     Args:
         key: the class, "N=4096,K=1024,M<=16": few of them, by shapes alone.
+
+    Raises:
+        KernelUnavailable: there is no variant of the name that was forced, or that the device's file has.
     """
-    return variants[_forced.get().get(kernel, default)]
+    forced_name = _forced.get().get(kernel, "")
+    name = forced_name or tuned.choices(target.device).get(kernel, {}).get(key, default)
+    if (told := _told.get()) is not None:
+        told.append(Choice(kernel, key, tuple(variants), default, name))
+    if name not in variants:
+        asked = "asked for" if forced_name else f"what {tuned.path_of(target.device)} has for {key}"
+        hint = "" if forced_name else f"; {tuned.AGAIN}"
+        raise KernelUnavailable(f"{kernel}: variant {name!r} is {asked}, and there are {', '.join(variants)}{hint}")
+    return variants[name]
 
 
 @contextlib.contextmanager
@@ -214,6 +243,17 @@ def forced(**variants: str) -> Iterator[None]:
         yield
     finally:
         _forced.reset(token)
+
+
+@contextlib.contextmanager
+def telling() -> Iterator[list[Choice]]:
+    """The choices that are made in the block, in order."""
+    told: list[Choice] = []
+    token = _told.set(told)
+    try:
+        yield told
+    finally:
+        _told.reset(token)
 
 
 _KINDS = {
