@@ -9,6 +9,8 @@ READY := $(VENV)/.ready
 CLIENTS := .venv-clients
 NODE := tests/e2e/node
 export OMP_NUM_THREADS ?= 1
+# Test files run side by side, each whole in one process.
+WORKERS ?= 2
 
 .PHONY: help setup run test check clients bench clean
 
@@ -29,7 +31,7 @@ run: $(READY) ## ask the built-in model about a document, and see where its inde
 	$(BIN)/pyrosome ask builtin:ledger "? falcon"
 
 test: $(READY) ## the default test run: no GPU, no network, no weights
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 check: $(READY) ## style, types, import contracts
 	$(BIN)/ruff check .

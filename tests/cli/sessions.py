@@ -22,7 +22,8 @@ _ESCAPE = re.compile(r"\x1b(\[[0-9;?]*[A-Za-z]|[=>])")
 def environment(home: Path, **changes: str | None) -> dict[str, str]:
     """This process's environment without what would colour a result, and with a home of its own."""
     values = {k: v for k, v in os.environ.items() if not k.startswith(("PYROSOME_", "XDG_"))}
-    values.pop("NO_COLOR", None)
+    for name in ("NO_COLOR", "COLUMNS", "LINES"):  # the last two where tests run in workers
+        values.pop(name, None)
     values |= {"TERM": "xterm", "LC_ALL": "C.UTF-8", "HOME": str(home), "XDG_STATE_HOME": str(home / "state")}
     values |= {"PYTHONPATH": os.pathsep.join([p for p in (os.environ.get("PYTHONPATH"), str(ROOT)) if p])}
     # What was built for this machine is not built again in every home.
