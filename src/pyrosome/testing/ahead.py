@@ -1,7 +1,8 @@
 """Triton kernels compiled without a device, exactly as calls at true shapes would launch them.
 
-    python -m pyrosome.testing.ahead [--op NAME] [--capability 90] [--json] [--table docs/kernels.md]
+    python -m pyrosome.testing.ahead [--op NAME] [--capability 90] [--jobs 2] [--json | --table docs/kernels.md]
 
+Where choices of variants were measured on a device, those are compiled beside the defaults.
 A process of its own: whether Triton interprets or compiles is decided when it is imported.  Exit status 1 where a
 kernel does not compile, takes more shared memory than a program may, spills registers, or lacks its matrix instruction.
 """
@@ -12,6 +13,7 @@ import argparse
 import dataclasses
 import functools
 import json
+import multiprocessing
 import re
 import subprocess
 import sys
@@ -23,7 +25,7 @@ from typing import Any
 
 import torch
 
-from pyrosome.ops import gpu
+from pyrosome.ops import gpu, tuned
 from pyrosome.ops.gpu import Launch, Target
 from pyrosome.testing.calls import Call, all_calls
 
@@ -72,16 +74,18 @@ class Compiled:
 
 
 def launches(calls: Sequence[Call], capability: int) -> list[tuple[Launch, list[str]]]:
-    """The different launches of calls on a device of this capability, and the titles of the calls that make each."""
+    """The different launches of calls on devices of this capability, and the titles of the calls that make each."""
     found: dict[Any, tuple[Launch, list[str]]] = {}
+    devices = ("", *tuned.devices(capability))
     for call in calls:
         arguments, options = call.make(torch.device("meta"))
-        with gpu.tracing(capability) as made, torch.no_grad():
-            gpu.of(call.op)(*arguments, **options)
-        for launch in made:
-            _, titles = found.setdefault(_key(launch), (launch, []))
-            if call.title not in titles:
-                titles.append(call.title)
+        for device in devices:
+            with gpu.tracing(capability, device) as made, torch.no_grad():
+                gpu.of(call.op)(*arguments, **options)
+            for launch in made:
+                _, titles = found.setdefault(_key(launch), (launch, []))
+                if call.title not in titles:
+                    titles.append(call.title)
     return list(found.values())
 
 
@@ -91,6 +95,11 @@ def _key(launch: Launch) -> Any:
     return launch.kernel.__name__, launch.signature, launch.constants, v.name, sizes, v.warps, v.stages
 
 
+def name_of(launch: Launch) -> str:
+    """A kernel's name as it is told."""
+    return str(launch.kernel.__name__).strip("_")
+
+
 def compiled(launch: Launch, capability: int) -> Compiled:
     """Compile one launch as it would be compiled on a device of this capability, pointers aligned to 16 bytes."""
     import triton
@@ -98,9 +107,7 @@ def compiled(launch: Launch, capability: int) -> Compiled:
     from triton.compiler import ASTSource
 
     constants = {**launch.variant.constants, **dict(launch.constants)}
-    result = Compiled(
-        "", launch.kernel.__name__.strip("_"), launch.variant.name, constants, capability, [], launch.matrix
-    )
+    result = Compiled("", name_of(launch), launch.variant.name, constants, capability, [], launch.matrix)
     names = [p.name for p in launch.kernel.params]
     signature = dict(zip(names, launch.signature, strict=False)) | dict.fromkeys(constants, "constexpr")
     fixed = {name: constants.get(name) for name, kind in signature.items() if kind == "constexpr"}
@@ -138,24 +145,44 @@ def _tool() -> str:
     return str(Path(next(iter(nvidia.__path__))) / "bin" / "cuobjdump")
 
 
-def everything(only: str = "", capabilities: Sequence[int] = CAPABILITIES) -> Iterator[Compiled]:
-    """Every launch of the calls, compiled."""
+def everything(only: str = "", capabilities: Sequence[int] = CAPABILITIES, jobs: int = 1) -> Iterator[Compiled]:
+    """Every launch of the calls, compiled by so many processes, in the order of the calls."""
     calls = list(all_calls(only))
-    for capability in capabilities:
-        for launch, titles in launches(calls, capability):
-            result = compiled(launch, capability)
-            result.op, result.calls = titles[0].split()[0], titles
-            yield result
+    work = [(capability, *found) for capability in capabilities for found in launches(calls, capability)]
+    if jobs <= 1:
+        yield from map(_compiled, work)
+        return
+    _WORK[:] = work  # kernels are no values that could be sent: a child has them from the start
+    with multiprocessing.get_context("fork").Pool(jobs) as pool:
+        yield from pool.imap(_compiled_at, range(len(work)))
+
+
+_WORK: list[tuple[int, Launch, list[str]]] = []
+
+
+def _compiled_at(i: int) -> Compiled:
+    return _compiled(_WORK[i])
+
+
+def _compiled(work: tuple[int, Launch, list[str]]) -> Compiled:
+    capability, launch, titles = work
+    result = compiled(launch, capability)
+    result.op, result.calls = titles[0].split()[0], titles
+    return result
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m pyrosome.testing.ahead", description=__doc__)
     parser.add_argument("--op", default="", help="module of calls, all of them by default")
     parser.add_argument("--capability", type=int, action="append", help=f"of {CAPABILITIES}; all of them by default")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that compile")
     parser.add_argument("--json", action="store_true", help="print a list of what was compiled")
+    parser.add_argument("--table", type=Path, help="write the table of all kernels into this page, between its marks")
     given = parser.parse_args(arguments)
+    if given.table and (given.op or given.capability):
+        parser.error("--table is of all kernels: it goes with neither --op nor --capability")
     results, bad = [], 0
-    for result in everything(given.op, given.capability or CAPABILITIES):
+    for result in everything(given.op, given.capability or CAPABILITIES, given.jobs):
         results.append(result)
         faults = result.faults()
         bad += bool(faults)
@@ -168,6 +195,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
     if given.json:
         print(json.dumps([dataclasses.asdict(r) | {"faults": r.faults()} for r in results]))
+    if given.table:
+        from pyrosome.testing import ahead_table
+
+        ahead_table.write(given.table, ahead_table.filled(results))
     return 1 if bad else 0
 
 
