@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
-import torch
 from torch import Tensor
 
 from pyrosome.cache.pool import CachePool
 from pyrosome.cache.streams import plan_cache
 from pyrosome.checkpoint.index import open_checkpoint
 from pyrosome.checkpoint.load import read_tensors
-from pyrosome.checkpoint.names import expected_tensors
 from pyrosome.config import ModelConfig
 from pyrosome.dist import Mesh
 from pyrosome.model.build import Network, build, fill
@@ -20,9 +16,10 @@ from pyrosome.model.layers import Weight
 from pyrosome.model.numerics import numerics_named
 from pyrosome.ops import native
 from pyrosome.plan.inventory import Model, add_up, buffer_bytes, held_bytes
-from pyrosome.quant import FORMATS, QuantTensor
+from pyrosome.quant import QuantTensor
 from pyrosome.testing.checkpoints import random_tensors
 from pyrosome.testing.live_bytes import storage_bytes
+from pyrosome.testing.on_meta import meta_tensors
 from pyrosome.testing.shapes import OFFICIAL_QUANTIZATION, tiny
 from tests.golden.vectors import GOLDEN
 
@@ -100,25 +97,9 @@ def test_two_ranks_of_a_checkpoint_share_its_experts_and_nothing_else():
     assert sum(taken) == 2 * plan.held_bytes("tiles") - experts
 
 
-def on_meta(config: ModelConfig) -> Iterator[tuple[str, Tensor | QuantTensor]]:
-    """The official tensors without their bytes; tables are there, as they are looked into."""
-    for name, spec in expected_tensors(config, 1).items():
-        kind = {"expert": "fp4", "matrix": "fp8"}.get(spec.kind)
-        if spec.kind == "table":
-            yield name, torch.zeros(spec.shape, dtype=torch.int64)
-        elif kind:
-            divide = 2 if kind == "fp4" else 1
-            data = torch.empty(spec.shape[0], spec.shape[1] // divide, dtype=FORMATS[kind].data_dtype, device="meta")
-            scale_shape = FORMATS[kind].scale_shape(spec.shape)
-            yield name, QuantTensor(kind, data, torch.empty(scale_shape, dtype=torch.float8_e8m0fnu, device="meta"))
-        else:
-            dtype = torch.float32 if spec.kind == "f32" else torch.bfloat16
-            yield name, torch.empty(spec.shape, dtype=dtype, device="meta")
-
-
 def test_flash_itself_takes_the_planned_bytes_on_a_device():
     model = Network(ModelConfig.preset("flash"), numerics_named("trained"), drafts=True)
-    fill(model, on_meta(model.config), device="meta")
+    fill(model, meta_tensors(model.config), device="meta")
     assert storage_bytes(weights_of(model)) == Model.open("flash").held_bytes("stored") == 159_702_697_032
 
 
