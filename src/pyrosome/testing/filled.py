@@ -61,10 +61,11 @@ def fill(runner: Runner, sequence: Sequence, length: int, rows: RandomRows) -> N
             if spec.is_history:
                 for low in range(0, length // spec.per_tokens, BLOCK_ROWS):
                     high = min(low + BLOCK_ROWS, length // spec.per_tokens)
-                    emit = emitted(torch.arange(low, high), spec.per_tokens, sequence.slot)
-                    cache.history(spec.name, rows.rows(layer, spec.name, low, high, spec.width), emit, spec.per_tokens)
+                    row_N = torch.arange(low, high, device=runner.device)
+                    row_NC = rows.rows(layer, spec.name, low, high, spec.width).to(runner.device)
+                    cache.history(spec.name, row_NC, emitted(row_N, spec.per_tokens, sequence.slot), spec.per_tokens)
                 continue
-            row_TC = rows.rows(layer, spec.name, length - kept, length, spec.width)
+            row_TC = rows.rows(layer, spec.name, length - kept, length, spec.width).to(runner.device)
             if spec.name.endswith("tail"):
                 cache.keep_tail(spec.name, *row_TC.chunk(2, dim=1))
             else:
