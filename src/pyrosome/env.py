@@ -20,7 +20,9 @@ class Variable:
 
 
 OPS = Variable(
-    "PYROSOME_OPS", "auto", "version of an op that runs: 'torch', or 'op:version' for single ones, by commas"
+    "PYROSOME_OPS",
+    "auto",
+    "version of an op that runs: 'torch', or 'op:version' for single ones, by commas; '-version' leaves one out",
 )
 LOG = Variable("PYROSOME_LOG", "WARNING", "level of log lines: DEBUG, INFO, WARNING or ERROR")
 CPU = Variable("PYROSOME_CPU", "auto", "vector instructions of native kernels: auto, portable, avx2 or avx512")

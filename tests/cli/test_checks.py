@@ -16,7 +16,7 @@ SOUND = {
     "cpu": {"usable_cores": 16, "quota": None, "load": 0.4},
     "memory": {"total": 64 * GIB, "available": 60 * GIB, "limit": 0, "limit_used": 0, "swap": 8 * GIB, "swap_used": 0,
                "huge_pages": "madvise"},
-    "gpus": [{"name": "H100", "capability": "9.0", "memory": 80 * GIB}],
+    "gpus": [{"name": "H100", "capability": "9.0", "memory": 80 * GIB, "tuned": "variants of kernels by default"}],
     "drivers": {
         "nvidia": {"version": "580.65.06", "gpus": [GPU]}, "tool": True,
         "torch": {"cuda": "13.0", "hip": "", "architectures": ["sm_75", "sm_90a", "compute_120"]},

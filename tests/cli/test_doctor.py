@@ -128,6 +128,31 @@ def test_every_op_says_what_it_runs_and_why(monkeypatch):
     assert {o["op"] for o in refused} == {"compress"} and "imagined" in refused[0]["error"]
 
 
+def test_every_op_says_what_it_would_run_on_gpus(monkeypatch):
+    monkeypatch.setattr(machine, "gpus", lambda: [{"capability": c} for c in ("9.0", "7.5", "9.0")])
+    for _ in range(2):  # what would run is no place where something ran
+        found = [o for o in choices() if o["op"] == "rms_norm" and o["device"] == "cuda"]
+        assert {(o["capability"], o["chosen"]) for o in found} == {("7.5", "torch"), ("9.0", "triton")}
+    old = next(o for o in found if o["capability"] == "7.5")
+    assert "triton: it needs compute capability 8.0, and this device has 7.5" in old["passed_over"]
+    monkeypatch.setattr(OPS["rms_norm"], "choice", "cpu")
+    assert not any(o["error"] for o in choices())
+
+
+def test_choices_measured_on_a_gpu_are_told(monkeypatch, tmp_path):
+    from pyrosome.ops import tuned
+
+    monkeypatch.setattr(tuned, "FOLDER", tmp_path)
+    tuned.choices.cache_clear()
+    assert machine.tuned("Some GPU") == "variants of kernels by default"
+    tuned.choices.cache_clear()
+    (tmp_path / "some-gpu.json").write_text("{")
+    assert "is no JSON" in machine.tuned("Some GPU")
+    (tmp_path / "some-gpu.json").write_text('{"device": "Some GPU", "capability": 90, "choices": {"a": {"b": "c"}}}')
+    assert machine.tuned("Some GPU") == "variants of kernels as measured on it"
+    tuned.choices.cache_clear()
+
+
 def test_the_whole_report_is_one_object(tmp_path):
     done = piped(tmp_path, "doctor", "--json", program=REAL)
     report = json.loads(done.stdout)
@@ -334,7 +359,10 @@ def test_a_report_of_a_large_machine_is_told_in_words(capsys):
         speeds={"memory": {"cores": 16, "one_core": 12.34e9, "all_cores": 180e9, "why_not": ""},
                 "state": {"path": "/home/me", "write": 300e6, "read": 0.0, "why_not": "it lies in memory"},
                 "model": {"path": "/data/x", "num_bytes": GIB, "read": 3.21e9, "why_not": ""}},
-        warnings=[{"about": "load", "text": "busy"}], ops=[],
+        warnings=[{"about": "load", "text": "busy"}], ops=[{"op": "linear", "device": "cuda", "capability": "9.0",
+        "format": "fp8", "chosen": "triton", "passed_over": ["cpu: it is for CPU"], "versions": [], "error": ""}],
+        accelerators=[{"entry": "fast", "package": "fast 1.2", "ops": ["linear"], "error": ""},
+                      {"entry": "slow", "package": "slow 0.1", "ops": [], "error": "ImportError: none"}],
         advice={"why_not": "", "plans": [{"parts": ["flash on it", "it fits"]}],
                 "calibration": {"text": "not calibrated"}},
     )  # fmt: skip
@@ -346,6 +374,8 @@ def test_a_report_of_a_large_machine_is_told_in_words(capsys):
         "of it this container may use 32.0 GiB, and uses 1.0 GiB", "NVIDIA driver 580.65.06",
         f"{GPU['name']}, capability 9.0, 80.0 GiB, 79.0 GiB free, PCIe 16 of 16 lanes, generation 1 of 5",
         "AMD at 0000:99:00.0, PCIe 8 of 16 lanes, generation ? of 4", "torch is built for CUDA 13.0; no triton",
+        "torch can use: H100, capability 9.0, 80.0 GiB; variants of kernels by default",
+        "cuda 9.0", "kernels of fast 1.2 (fast): for linear", "kernels of slow 0.1 (slow): ImportError: none",
         "memory is read at 12.3 GB/s by one core, 180.0 GB/s by 16 cores", "/home/me is written at 300 MB/s",
         "/home/me was not read: it lies in memory", "the model is read at 3.2 GB/s (1.0 GiB of /data/x)",
         "serve lacks fastapi, uvicorn: pip install 'pyrosome[serve]'", "not avx512: it lacks vbmi", "load: busy",

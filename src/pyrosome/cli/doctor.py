@@ -44,7 +44,7 @@ def doctor(
     way = experts_for(model, report) if self_test else ""
     report["self_test"] = _self_test(model, way, screen) if way else []
     report["not_tested"] = _left_out(report) if self_test and not way else ""
-    report["ops"] = choices()
+    report["ops"], report["accelerators"] = choices(), packages()
     report["warnings"] = warnings(report)
     report["ok"] = all(f["ok"] for f in report["self_test"]) and not any(o["error"] for o in report["ops"])
     if as_json:
@@ -256,27 +256,42 @@ def _why_not(level: str, asked: str) -> str:
 
 
 def choices() -> list[dict[str, Any]]:
-    """For each op, at each place it ran at in this process: the version chosen, and why not the others."""
+    """For each op, at each place it ran at in this process: the version chosen, and why not the others.
+
+    On GPUs, where nothing ran, it is what would be chosen for what ran elsewhere.
+    """
     import pyrosome.model.deepseek_v4  # noqa: F401  # every op of the network registers itself
     from pyrosome.ops.seam import OPS, Place
 
+    capabilities = [tuple(map(int, text.split("."))) for text in sorted({g["capability"] for g in machine.gpus()})]
     found = []
     for name, op in sorted(OPS.items()):
-        for place in sorted(op.passed_over) or [Place("cpu", (0, 0), "", False)]:
+        ran = sorted(op.passed_over) or [Place("cpu", (0, 0), "", False)]
+        expected = [p._replace(device="cuda", capability=(c[0], c[1])) for c in capabilities for p in ran]
+        for place in dict.fromkeys([*ran, *expected]):
             chosen, error = "", ""
             try:
                 chosen = op.pick(place).name
             except KernelUnavailable as refused:
                 error = str(refused)
+            passed_over = op.passed_over[place] if place in ran else op.passed_over.pop(place)
             found.append(
                 {
                     "op": name,
                     "device": place.device,
+                    "capability": ".".join(map(str, place.capability)) if place.device == "cuda" else "",
                     "format": place.format,
                     "chosen": chosen,
-                    "passed_over": list(op.passed_over[place]),
-                    "versions": ["torch", *(k.name for k in op.kernels)],
-                    "error": error,
+                    "passed_over": list(passed_over),
+                    "versions": ["torch", *(k.name for k in op.versions)],
+                    "error": error if place in ran else "",  # what was asked for may be for the place it ran at
                 }
             )
     return found
+
+
+def packages() -> list[dict[str, Any]]:
+    """Packages that bring kernels of their own, and what is wrong with them."""
+    from pyrosome.ops import accelerators
+
+    return [package._asdict() for package in accelerators.packages()]

@@ -85,7 +85,7 @@ def _gpus(report: Report) -> Iterator[str]:
     for bus, link in links.items():
         yield f"{link['vendor']} at {bus}{_link(link)}"
     for gpu in report["gpus"]:
-        yield f"torch can use: {gpu['name']}, capability {gpu['capability']}, {size(gpu['memory'])}"
+        yield f"torch can use: {gpu['name']}, capability {gpu['capability']}, {size(gpu['memory'])}; {gpu['tuned']}"
     if not report["gpus"]:
         yield "no GPU that torch can use"
     made = f"CUDA {build['cuda']}" if build["cuda"] else f"HIP {build['hip']}" if build["hip"] else "no GPU"
@@ -161,8 +161,14 @@ def _native(report: Report) -> Iterator[str]:
 
 def _ops(report: Report, out: Console) -> None:
     heading(out, "ops")
-    rows = [(o["op"], o["device"], o["format"] or "-", o["chosen"] or "none", _why(o)) for o in report["ops"]]
+    rows = [
+        (o["op"], f"{o['device']} {o['capability']}".strip(), o["format"] or "-", o["chosen"] or "none", _why(o))
+        for o in report["ops"]
+    ]
     table(out, ("op", "device", "format", "version", "why"), rows, left=5)
+    for package in report["accelerators"]:
+        of = f"kernels of {package['package']} ({package['entry']})"
+        out.print(printable(f"{of}: {package['error'] or 'for ' + ', '.join(package['ops'])}"))
 
 
 def _why(op: dict[str, Any]) -> str:

@@ -130,8 +130,20 @@ def gpus() -> list[dict[str, Any]]:
     found = []
     for i in range(torch.cuda.device_count()):
         p = torch.cuda.get_device_properties(i)
-        found.append({"name": p.name, "capability": f"{p.major}.{p.minor}", "memory": p.total_memory})
+        capability = f"{p.major}.{p.minor}"
+        found.append({"name": p.name, "capability": capability, "memory": p.total_memory, "tuned": tuned(p.name)})
     return found
+
+
+def tuned(device: str) -> str:
+    """Whether variants of kernels were measured on devices of this name, in words."""
+    from pyrosome.errors import KernelUnavailable
+    from pyrosome.ops import tuned
+
+    try:
+        return "variants of kernels as measured on it" if tuned.choices(device) else "variants of kernels by default"
+    except KernelUnavailable as error:
+        return str(error)
 
 
 def versions() -> dict[str, str | None]:

@@ -9,6 +9,7 @@ definition.
 
     PYROSOME_OPS=torch             run every op by its definition
     PYROSOME_OPS=compress:torch    run one op by its definition
+    PYROSOME_OPS=-triton           run every op without the version of this name; compress:-triton one op
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ class Op:
         functools.update_wrapper(self, definition)
         self.name, self.definition = definition.__name__, definition
         self.kernels: list[Kernel] = []
-        self.choice = _choice_from_env(self.name)
+        self.choice, self.without = _choice_from_env(self.name)
         self.passed_over: dict[Place, list[str]] = {}
         self._picked: dict[tuple[torch.device, torch.dtype, str, bool], Callable[..., Any]] = {}
         OPS[self.name] = self
@@ -78,6 +79,14 @@ class Op:
 
         return register
 
+    @property
+    def versions(self) -> list[Kernel]:
+        """All kernels in the order in which they are asked: those of other packages before Triton's."""
+        from pyrosome.ops import accelerators  # which is made of what is here
+
+        at = next((i for i, k in enumerate(self.kernels) if k.name == "triton"), len(self.kernels))
+        return [*self.kernels[:at], *accelerators.kernels(self), *self.kernels[at:]]
+
     def pick(self, place: Place) -> Version:
         """What runs at `place`.
 
@@ -85,9 +94,11 @@ class Op:
             KernelUnavailable: a kernel was asked for by name and cannot run there.
         """
         reasons = self.passed_over[place] = []
-        for k in self.kernels if self.choice != "torch" else ():
+        for k in self.versions if self.choice != "torch" else ():
             if self.choice not in ("auto", k.name):
                 reasons.append(f"{k.name}: not asked for")
+            elif self.choice == "auto" and k.name in self.without:
+                reasons.append(f"{k.name}: left out by {env.OPS.name}")
             elif place.grad and not k.has_backward:
                 reasons.append(f"{k.name}: no backward")
             elif why_not := k.when(place):
@@ -152,9 +163,14 @@ def use(op: Op, choice: str) -> Iterator[None]:
         op._picked.clear()
 
 
-def _choice_from_env(name: str) -> str:
+def _choice_from_env(name: str) -> tuple[str, frozenset[str]]:
+    """The version asked for, and those that are not to run."""
     spec: dict[str, str] = {}
+    without = set()
     for part in filter(None, map(str.strip, env.OPS.get().split(","))):
         op, _, version = part.rpartition(":")
-        spec[op] = version
-    return spec.get(name, spec.get("", "auto"))
+        if version.startswith("-"):
+            without |= {version[1:]} if op in ("", name) else set()
+        else:
+            spec[op] = version
+    return spec.get(name, spec.get("", "auto")), frozenset(without)
