@@ -170,12 +170,28 @@ def jit(function: Callable[..., Any]) -> Any:
     """
     import triton
 
+    if interpreted():
+        _mend_interpreter()
     numbers = [
         name
         for name, p in inspect.signature(function).parameters.items()
         if "constexpr" not in str(p.annotation) and not name.endswith("_ptr")
     ]
     return triton.jit(function, do_not_specialize=numbers)
+
+
+@functools.cache
+def _mend_interpreter() -> None:
+    """Let loops run to numbers that a kernel has computed: arrays of one to it, by which numpy 2.4 does not count."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def mended(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = mended
 
 
 def launch(
