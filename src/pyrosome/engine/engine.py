@@ -36,6 +36,7 @@ from pyrosome.engine.scheduler import plan_step
 from pyrosome.engine.stats import LogLine, Stats
 from pyrosome.engine.trace import Trace
 from pyrosome.engine.track import Completion, Span, Track
+from pyrosome.engine.warm import warm_up
 from pyrosome.errors import ContextTooLong, DoesNotFit, EngineError, PyrosomeError, RequestError
 from pyrosome.model.build import Network
 from pyrosome.options import EngineOptions
@@ -84,6 +85,8 @@ class Engine:
             num_drafts=options.max_drafts,
             cache_tokens=cache_tokens,
         )
+        if self.runner.device.type == "cuda":
+            warm_up(self.runner, options.step_tokens)
         self.fingerprint, self.stats = fingerprint, Stats()
         tiers = None
         if options.host_bytes or options.disk_path:

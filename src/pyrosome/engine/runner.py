@@ -169,6 +169,7 @@ class Runner:
         for sequence, ids in spans:
             sequence.length += len(ids)
             sequence.written = sequence.length
+        finite_T = finite_T.cpu()  # one wait for the device, not one a span
         is_finite = [bool(finite_T[first:last].all()) for first, last in step.layout]
         return list(logits if last_alone else logits.split(list(rows))), is_finite, forward
 

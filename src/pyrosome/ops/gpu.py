@@ -213,7 +213,8 @@ def launch(
     if where.type != "cuda":
         kernel[grid](*args, **variant.constants, **constants)
         return
-    with torch.cuda.device(where):
+    elsewhere = where.index not in (None, torch.cuda.current_device())
+    with torch.cuda.device(where) if elsewhere else contextlib.nullcontext():
         kernel[grid](*args, **variant.constants, **constants, num_warps=variant.warps, num_stages=variant.stages)
 
 
