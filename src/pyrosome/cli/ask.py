@@ -14,6 +14,7 @@ from pyrosome.cli.document import SHIPPED, Document, Located
 from pyrosome.cli.engine_flags import (
     CACHE_GIB,
     CacheGiB,
+    Device,
     Drafter,
     Experts,
     LockMemory,
@@ -70,6 +71,7 @@ def ask(
     experts: Experts = "resident",
     lock_memory: LockMemory = False,
     numa: Numa = "auto",
+    device: Device = "cpu",
     log_every: LogEvery = 0,
     trace: TracePath = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of text.")] = False,
@@ -89,7 +91,7 @@ def ask(
     if not question.strip():
         raise RequestError("the question is empty; say after the document what is asked about it")
     options = engine_options(cache_gib, drafter, log_every, trace)
-    held = load_options(experts, lock_memory, numa)
+    held = load_options(experts, lock_memory, numa, device)
     screen = Screen()
     if document == "-" and sys.stdin.isatty():
         screen.notice("reading the document from the terminal; end it with Ctrl-D on a line of its own")

@@ -19,6 +19,7 @@ from pyrosome.cli.conversation import Conversation
 from pyrosome.cli.engine_flags import (
     CACHE_GIB,
     CacheGiB,
+    Device,
     Drafter,
     Experts,
     LockMemory,
@@ -60,6 +61,7 @@ def chat(
     experts: Experts = "resident",
     lock_memory: LockMemory = False,
     numa: Numa = "auto",
+    device: Device = "cpu",
     log_every: LogEvery = 0,
     trace: TracePath = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line for each answer.")] = False,
@@ -75,7 +77,7 @@ def chat(
     given = {k: v for k, v in asked.items() if v is not None}
     SamplingParams(**given)  # type: ignore[arg-type]  # what is out of range is refused before the load
     options = engine_options(cache_gib, drafter, log_every, trace)
-    held = load_options(experts, lock_memory, numa)
+    held = load_options(experts, lock_memory, numa, device)
     screen = Screen()
     interactive = sys.stdin.isatty()
     question = "" if interactive else decoded(sys.stdin.buffer.read(), "standard input").rstrip("\n")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import re
 from typing import Annotated, Any
 
 import typer
@@ -35,6 +36,10 @@ Numa = Annotated[
     str,
     typer.Option(help=f"{', '.join(NUMA)}. auto spreads weights over memory nodes, where there are several."),
 ]
+Device = Annotated[
+    str,
+    typer.Option("--device", help="Where the model runs: cpu, cuda, or cuda:N for one of several GPUs."),
+]
 LogEvery = Annotated[int, typer.Option(help="Steps between lines about the engine on standard error; 0: none.")]
 TracePath = Annotated[
     str | None,
@@ -60,11 +65,16 @@ def engine_options(cache_gib: float, drafter: str, log_every: int, trace: str | 
     return options
 
 
-def load_options(experts: str, lock_memory: bool, numa: str) -> dict[str, Any]:
+def load_options(experts: str, lock_memory: bool, numa: str, device: str = "cpu") -> dict[str, Any]:
     """Keywords of `LLM` for what the flags change, checked before anything is loaded.
 
     Raises:
-        RequestError: a flag outside its range.
+        RequestError: a flag outside its range, or experts that only a processor can read where they are.
     """
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise RequestError(f"--device is {device!r}; it is cpu, cuda, or cuda:N for one of several GPUs")
+    if device != "cpu" and experts == "mapped":
+        raise RequestError(f"--experts mapped was asked for with --device {device}; only the CPU reads files in place")
     usual, asked = dataclasses.asdict(LoadOptions()), dataclasses.asdict(LoadOptions(experts, lock_memory, numa))
-    return {name: value for name, value in asked.items() if value != usual[name]}
+    changed = {name: value for name, value in asked.items() if value != usual[name]}
+    return changed if device == "cpu" else {**changed, "device": device}

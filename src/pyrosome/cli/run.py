@@ -12,6 +12,7 @@ import typer
 from pyrosome.cli.engine_flags import (
     CACHE_GIB,
     CacheGiB,
+    Device,
     Drafter,
     Experts,
     LockMemory,
@@ -44,6 +45,7 @@ def run(
     experts: Experts = "resident",
     lock_memory: LockMemory = False,
     numa: Numa = "auto",
+    device: Device = "cpu",
     log_every: LogEvery = 0,
     trace: TracePath = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of text.")] = False,
@@ -54,7 +56,7 @@ def run(
     """
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
     options = engine_options(cache_gib, drafter, log_every, trace)
-    held = load_options(experts, lock_memory, numa)
+    held = load_options(experts, lock_memory, numa, device)
     screen = Screen()
     text = _standard_input(screen) if prompt == "-" else prompt
     if not text:

@@ -16,6 +16,7 @@ import typer
 from pyrosome.cli import server_flags as flags
 from pyrosome.cli.doctor import short
 from pyrosome.cli.engine_flags import (
+    Device,
     Drafter,
     Experts,
     LockMemory,
@@ -80,6 +81,7 @@ def serve(
     experts: Experts = "resident",
     lock_memory: LockMemory = False,
     numa: Numa = "auto",
+    device: Device = "cpu",
     log_every: LogEvery = 0,
     trace: TracePath = None,
     plan: flags.PlanFile = None,
@@ -114,7 +116,7 @@ def serve(
     engine = dataclasses.replace(engine, max_sequences=sequences, max_context=context, disk_path=disk)
     if replay:
         engine = replay.engine_options(engine)
-    held = load_options(experts, lock_memory, numa)
+    held = load_options(experts, lock_memory, numa, device)
 
     from pyrosome.checkpoint.index import open_checkpoint
     from pyrosome.measure.served import told_after
@@ -130,7 +132,7 @@ def serve(
     if replay:
         replay.check_model(planned)
     server = Server.of(planned, rows, engine, numerics=numerics, mapped=experts == "mapped")
-    size, available = None, flags.available_memory()
+    size, available = None, flags.memory_for(device)
     if cache_gib is None:
         size = flags.cache_size(index, rows, sequences, context, available, mapped=server.mapped)
         size = flags.at_least(size, server.cache_bytes_for(context), context) if context else size

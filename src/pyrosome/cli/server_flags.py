@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pyrosome.cgroups import available_memory as available_memory
+from pyrosome.cli.accelerators import driver
 from pyrosome.errors import RequestError
 
 if TYPE_CHECKING:
@@ -116,6 +118,17 @@ PlanFile = Annotated[
 AsJson = Annotated[
     bool, typer.Option("--json", help="One JSON line on standard output once requests are answered, and no advice.")
 ]
+
+
+def memory_for(device: str) -> int:
+    """Bytes that a model may still take on its device; 0 where nothing tells."""
+    if device == "cpu":
+        return available_memory()
+    seen = [n for n in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if n]
+    number = int(device.partition(":")[2] or 0)
+    number = int(seen[number]) if number < len(seen) and seen[number].isdigit() else number
+    gpus = driver()["gpus"]
+    return int(gpus[number]["memory_free"]) if number < len(gpus) else 0
 
 
 def check_arithmetic(numerics: str, kv_format: str | None, dialect: str | None) -> str:
