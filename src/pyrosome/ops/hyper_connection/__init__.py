@@ -11,7 +11,7 @@ import functools
 import torch
 from torch import Tensor
 
-from pyrosome.ops import native
+from pyrosome.ops import gpu, native
 from pyrosome.ops.linear import linear
 from pyrosome.ops.rms_norm import rms_norm
 from pyrosome.ops.seam import Op
@@ -118,9 +118,13 @@ def _collapse(weight_TJ: Tensor, wide_TJD: Tensor, dtype: torch.dtype) -> Tensor
 
 
 native.kernel(hyper_connection_in)
+gpu.kernel(hyper_connection_in)
 native.kernel(hyper_connection_out)
+gpu.kernel(hyper_connection_out)
 native.kernel(hyper_connection_turn)
+gpu.kernel(hyper_connection_turn)
 native.kernel(hyper_connection_head)
+gpu.kernel(hyper_connection_head)
 native.training_kernel(hyper_connection_in)
 native.training_kernel(hyper_connection_out)
 native.training_kernel(hyper_connection_turn)
