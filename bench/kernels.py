@@ -1,6 +1,7 @@
 """The CPU's kernels one by one at V4-Flash's widths, beside what the machine can do.
 
     python -m bench.kernels [--quick] [--no-save] [--only NAME ...] [--overhead]
+    python -m bench.kernels --device cuda ...    # a GPU's: bench.kernels_gpu, whose own --help there is
 
 One thread; medians of its CPU time over calls whose weights and rows come from memory.  Products of one row are called
 as a captured decode step calls them, without the way there (`--overhead` has that).  A row's ceilings (reading
@@ -340,6 +341,11 @@ def run(names: list[str], size: Size, promises: bool) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> int:
     """Run it; the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    if any(argument.split("=")[0] == "--device" for argument in argv):
+        from bench import kernels_gpu  # only here: it needs Triton
+
+        return kernels_gpu.main(argv)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small shapes, in seconds; promises no time, no record")
     parser.add_argument("--no-save", action="store_true", help="leave bench/results/kernels.jsonl alone")

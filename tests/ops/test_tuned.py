@@ -6,6 +6,7 @@ import json
 import re
 
 import pytest
+import torch
 
 from pyrosome.errors import KernelUnavailable
 from pyrosome.ops import gpu, tuned
@@ -80,6 +81,15 @@ def test_a_malformed_file_is_an_error_that_says_what_to_do(folder, text, said):
     (folder / "nvidia-h200.json").write_text(text)
     with pytest.raises(KernelUnavailable, match=f"nvidia-h200.json {re.escape(said)}.*bench.tune"):
         chosen()
+
+
+def test_what_kernels_are_made_for_has_the_device_s_name(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", {0: (8, 0), 1: (9, 0)}.__getitem__)
+    monkeypatch.setattr(torch.cuda, "get_device_name", {0: "NVIDIA A100", 1: H200}.__getitem__)
+    gpu._target_of.cache_clear()
+    assert gpu.target(torch.device("cuda", 1)) == HERE
+    assert gpu.target(torch.device("cuda")) == Target(80, device="NVIDIA A100")
+    gpu._target_of.cache_clear()
 
 
 def test_files_are_named_for_devices():

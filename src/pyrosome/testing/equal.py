@@ -63,6 +63,11 @@ def same_bits(found: Any, wanted: Any) -> bool:
     )
 
 
+def alike(found: Any, wanted: Any, allowed: float) -> bool:
+    """Equal to the bit, or within what is allowed where that is more than nothing."""
+    return same_bits(found, wanted) or (allowed > 0 and difference(found, wanted) <= allowed)
+
+
 def _bytes(x: Tensor) -> Tensor:
     return x.contiguous().flatten().view(torch.uint8)
 
