@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyrosome.ops import native
+from pyrosome.ops import gpu, native
 from pyrosome.ops.index_topk import rank_index, rank_key
 from pyrosome.ops.linear import linear
 from pyrosome.ops.seam import Op
@@ -60,4 +60,6 @@ def route(
 
 
 native.kernel(affinity)
+gpu.kernel(affinity)
 native.kernel(route)
+gpu.kernel(route)
