@@ -73,11 +73,28 @@ def peers(ax: Axes, record: dict[str, Any]) -> None:
     ax.set(title=f"Tokens per CPU second, as multiples of {record['their_engine']}", xlim=(0, 1.15 * max(*ratios, 1)))
 
 
+def roofline(ax: Axes, record: dict[str, Any]) -> None:
+    """What calls reach, by FLOPs for each byte, under what the device reached."""
+    most, rows = record["ceilings"], [row for row in record["rows"] if row["us"] and row["flops"]]
+    colours = {"fp8": OURS, "bf16": OTHER, "f32": QUIET}
+    for kind, colour in colours.items():
+        points = [(row["flops"] / row["bytes"], row["flops"] / row["us"] / 1e6) for row in rows if row["kind"] == kind]
+        if points:
+            ax.plot(*zip(*points, strict=True), "o", color=colour, markersize=4, label=f"{kind} (measured)")
+            ends = [0.1, most[kind] / most["memory"], 1e5]
+            ax.plot(ends, [min(x * most["memory"], most[kind]) / 1e12 for x in ends], color=colour, linewidth=1)
+    ax.set(xscale="log", yscale="log", title=record["device"], xlabel="FLOPs for each byte (computed)",
+           ylabel="TFLOP/s")  # fmt: skip
+    if rows:
+        ax.legend()
+
+
 PLOTS: dict[str, tuple[str, Draw]] = {
     "frontier-prefill.svg": ("frontier", prefill_rate),
     "frontier-decode.svg": ("frontier", decode_rate),
     "frontier-memory.svg": ("frontier", memory),
     "peers.svg": ("peers", peers),
+    "kernels-gpu.svg": ("kernels_gpu", roofline),
 }
 
 

@@ -55,6 +55,8 @@ def page(records: dict[str, dict[str, Any]]) -> str:
     """The whole page, as Markdown."""
     parts = [HEAD]
     for bench, (title, command, body) in SECTIONS.items():
+        if bench not in records and bench in WHERE_THERE_IS_A_GPU:
+            continue
         parts.append(f"## {title}\n")
         if bench in records:
             parts += [origin(records[bench], command), body(records[bench])]
@@ -74,10 +76,16 @@ def origin(record: dict[str, Any], command: str) -> str:
             ("command", f"`{command}`"),
             ("date, commit", f"{record['date']}, `{record['commit']}`"),
             ("machine", f"{record['cpu']}, {record['cores']} cores, load {record['load']} at the start"),
+            *([("device", _device(record))] if "device" in record else []),
             ("threads", f"{record['threads']}"),
             ("versions", ", ".join(versions)),
         ],
     )
+
+
+def _device(record: dict[str, Any]) -> str:
+    versions = record["versions"]
+    return f"{record['device']}, driver {versions['driver']}, CUDA {versions['cuda']}, Triton {versions['triton']}"
 
 
 def frontier(record: dict[str, Any]) -> str:
@@ -301,14 +309,52 @@ def training(record: dict[str, Any]) -> str:
     )
 
 
+def kernels_gpu(record: dict[str, Any]) -> str:
+    """A GPU's kernels one by one: what they take, of what there is, beside their definitions."""
+    most = record["ceilings"]
+    text = (
+        f"Ceilings, measured by torch in the same run: memory {most['memory'] / 1e9:,.0f} GB/s, products "
+        + ", ".join(f"{kind} {most[kind] / 1e12:,.1f} TFLOP/s" for kind in ("fp8", "bf16", "f32") if kind in most)
+        + ". A share is of the ceiling that the call meets first; bytes and FLOPs are computed from shapes: weights "
+        "and rows once. Calls are replayed as graphs, with the device's cache flushed between. Definitions are "
+        f"multiples of the kernel's time. Limits of the run: {_verdict(record)}.\n\n"
+        "![what calls reach by their intensity](img/kernels-gpu.svg)\n"
+    )
+    rows = [_kernel_gpu(row) for row in record["rows"]]
+    head = ("call", "us, median (measured)", "GB/s (measured)", "TFLOP/s (measured)", "share (measured)",
+            "definition", "compiled", "from the definition", "a row alone")  # fmt: skip
+    return text + "\n" + table(head, rows)
+
+
+def _kernel_gpu(row: dict[str, Any]) -> tuple[str, ...]:
+    if row["us"] is None:
+        return (row["title"], *["-"] * 7, row["problems"][0])
+    seconds, definition = row["us"] / 1e6, row["definition"]
+    ways = [definition.get(way, {}).get("us") for way in ("eager", "compiled")]
+    return (
+        row["title"],
+        f"{row['us']:,.1f}",
+        f"{row['bytes'] / seconds / 1e9:,.0f}",
+        f"{row['flops'] / seconds / 1e12:,.1f}" if row["flops"] else "-",
+        f"{row['share']:.2f}",
+        *(f"{us / row['us']:.1f}" if us else "-" for us in ways),
+        "-" if row["difference"] is None else f"{row['difference']:.1e}",
+        {None: "-", True: "same bits", False: "other bits"}[row["same_alone"]],
+    )
+
+
 SECTIONS: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
     "frontier": ("Long contexts", "python -m bench.frontier", frontier),
     "peers": ("Beside transformers, on the same weights", "python -m bench.peers", peers),
     "kernels": ("Kernels at V4-Flash's widths", "python -m bench.kernels", kernels),
+    "kernels_gpu": ("Kernels on a GPU", "python -m bench.kernels --device cuda", kernels_gpu),
     "wide": ("A model of V4-Flash's widths", "python -m bench.wide", wide),
     "plan": ("Predictions beside measurements", "python -m bench.plan", predictions),
     "train": ("Training the built-in model's recipe", "python -m bench.train", training),
 }
+
+
+WHERE_THERE_IS_A_GPU = ("kernels_gpu",)  # said nothing of until a record is there
 
 
 def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:

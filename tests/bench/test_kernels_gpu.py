@@ -25,6 +25,7 @@ from tests.bench.fake_cuda import fake_cuda
 from tests.ops.gpu.doubled import doubled
 
 __all__ = ["fake_cuda"]
+pytestmark = pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")  # torch's compiler, of torch
 CPU = torch.device("cpu")
 MOST = {"read": 1e12, "copy": 1e12, "memory": 1e12, "f32": 1e12, "bf16": 1e13, "fp8": 2e13}
 
