@@ -6,8 +6,20 @@ should round to nearest when it narrows a float, and has no bfloat16 arithmetic.
 
 from __future__ import annotations
 
+import struct
+
 import triton
 import triton.language as tl
+
+from pyrosome.quant.activation import FP4_FLOOR, FP8_FLOOR
+from pyrosome.quant.codes import FP4_MAX, FP8_MAX
+
+
+def _bits(value: float) -> tl.constexpr:
+    return tl.constexpr(struct.unpack("<i", struct.pack("<f", value))[0])
+
+
+_LEAST_FP8, _MOST_FP8, _LEAST_FP4, _MOST_FP4 = _bits(FP8_FLOOR), _bits(FP8_MAX), _bits(FP4_FLOOR), _bits(FP4_MAX)
 
 
 @triton.jit
@@ -37,6 +49,38 @@ def ceil_pow2(x):
     exponent = ((bits - 1) >> 23) + 1
     exponent = tl.minimum(tl.maximum(exponent, 1), 255)
     return float_of((exponent << 23) | (((exponent + 1) >> 8) << 22)), exponent
+
+
+@triton.jit
+def size_bits(x):
+    """The bits of |x| as int32: they are ordered as magnitudes are, with NaN above infinity, so a maximum keeps it."""
+    return bits_of(x) & 0x7FFFFFFF
+
+
+@triton.jit
+def fp8_scale(largest):
+    """(float32 scale, its inverse, E8M0 byte as int32) of e4m3 groups, from the largest `size_bits` of each.
+
+    The scale is 2^ceil(log2(amax / 448)) with amax at least 1e-4, and NaN for a group with an infinity or a NaN.
+    """
+    return _group_scale(largest, _LEAST_FP8, _MOST_FP8)
+
+
+@triton.jit
+def fp4_scale(largest):
+    """As `fp8_scale`, of e2m1 groups: 2^ceil(log2(amax / 6)) with amax at least 6 x 2^-126."""
+    return _group_scale(largest, _LEAST_FP4, _MOST_FP4)
+
+
+@triton.jit
+def _group_scale(largest, LEAST: tl.constexpr, MOST: tl.constexpr):
+    # Bits of positive floats are their logarithms up to the mantissa's curve, which crosses no power of two: their
+    # difference, rounded up to an exponent, is that of the quotient.
+    byte = ((tl.maximum(largest, LEAST) - MOST + 0x7FFFFF) >> 23) + 127
+    is_finite = largest < 0x7F800000
+    # x times the inverse is x by the scale, to the bit: both only move the exponent.
+    scale, inverse = tl.where(is_finite, byte << 23, 0x7FC00000), tl.where(is_finite, (254 - byte) << 23, 0x7FC00000)
+    return float_of(scale), float_of(inverse), tl.where(is_finite, byte, 255)
 
 
 @triton.jit
