@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyrosome.ops import native
+from pyrosome.ops import gpu, native
 from pyrosome.ops.rope import norm_rope
 from pyrosome.ops.seam import Op
 from pyrosome.quant import unchanged
@@ -113,6 +113,8 @@ def compressed_rows(
 
 
 native.kernel(compress)
+gpu.kernel(compress)
 native.training_kernel(compress)
 native.kernel(compressed_rows)
+gpu.kernel(compressed_rows)
 native.training_kernel(compressed_rows)

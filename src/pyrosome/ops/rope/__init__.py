@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pyrosome.config import YarnScaling
-from pyrosome.ops import native
+from pyrosome.ops import gpu, native
 from pyrosome.ops.rms_norm import rms_norm
 from pyrosome.ops.seam import Op
 from pyrosome.quant import hadamard, unchanged
@@ -90,9 +90,13 @@ def index_rows(x: Tensor, rotation_TF: Tensor | None, round_index: Callable[[Ten
 
 
 native.kernel(rotation)
+gpu.kernel(rotation)
 native.kernel(rope)
+gpu.kernel(rope)
 native.training_kernel(rope)
 native.kernel(norm_rope)
+gpu.kernel(norm_rope)
 native.training_kernel(norm_rope)
 native.kernel(index_rows)
+gpu.kernel(index_rows)
 native.training_kernel(index_rows)

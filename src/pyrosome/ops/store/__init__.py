@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from pyrosome.ops import native
+from pyrosome.ops import gpu, native
 from pyrosome.ops.seam import Op
 from pyrosome.quant.rows import RowFormat
 
@@ -26,4 +26,6 @@ def as_stored(rows: Tensor, row_format: RowFormat) -> Tensor:
 
 
 native.kernel(store_rows, any_format=True)
+gpu.kernel(store_rows, any_format=True)
 native.kernel(as_stored, any_format=True)
+gpu.kernel(as_stored, any_format=True)
