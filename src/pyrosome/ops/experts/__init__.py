@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyrosome.dist import VIRTUAL_SHARDS, tree_sum
-from pyrosome.ops import native
+from pyrosome.ops import gpu, native
 from pyrosome.ops.linear import Prepare, dense, linear
 from pyrosome.ops.seam import Op
 from pyrosome.quant import QuantTensor
@@ -151,7 +151,10 @@ def _pick(weight: Tensor | QuantTensor, expert_G: Tensor, dtype: torch.dtype) ->
 
 
 native.kernel(routed_experts)
+gpu.kernel(routed_experts)
 native.training_kernel(routed_experts)
 native.kernel(shared_expert)
+gpu.kernel(shared_expert)
 native.training_kernel(shared_expert)
 native.kernel(clamped_swiglu)
+gpu.kernel(clamped_swiglu)
