@@ -15,7 +15,14 @@ from tests.ops.gpu.held import DEVICE, kernels, rms, same_bits
 NO_RESERVE = 0x4000  # Linux: address space that no memory is set aside for
 N, SPARE, PADDING = 40, 3, 2  # tokens, ring rows beyond the window, padding rows per step
 # ratio, window, channels of a row
-LAYERS = {"csa": (4, 8, 10), "hca": (8, 8, 10), "of one": (1, 1, 6), "odd": (3, 6, 7), "wide": (20, 20, 130)}
+LAYERS = {
+    "csa": (4, 8, 10),
+    "long": (10, 20, 3),
+    "hca": (8, 8, 10),
+    "of one": (1, 1, 6),
+    "odd": (3, 6, 7),
+    "wide": (20, 20, 130),
+}
 layers = pytest.mark.parametrize("layer", LAYERS)
 
 

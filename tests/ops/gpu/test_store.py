@@ -146,15 +146,16 @@ def test_planes_in_a_larger_pool_and_rows_that_lie_apart(name):
     assert same(sparse, [t[:9] for t in theirs])
 
 
-def test_a_place_that_several_rows_share_holds_one_of_them_and_places_outside_hold_none():
-    row_format, C = FORMATS["fp4"]
+@pytest.mark.parametrize("name", ["f32", "bf16", "fp8", "fp4"])
+def test_a_place_that_several_rows_share_holds_one_of_them_and_places_outside_hold_none(name):
+    row_format, C = FORMATS[name]
     rows, planes = rows_of(6, C, seed=1), empty_planes(row_format, C, 4)
     rows[:] = rows[5]
-    with meeting("_store_fp4"):
+    with meeting("_store_floats", "_store_fp8", "_store_fp4"):
         store(rows, planes, row_format, torch.tensor([2, 2, 2, -1, 4, 1 << 40]))
     wanted = row_format.encode(rows[:1])
     for plane, encoded in zip(planes, wanted, strict=True):
-        assert torch.equal(plane[2].cpu(), encoded[0])
+        assert same([plane[2:3]], [encoded])
         assert not plane[[0, 1, 3]].any()
 
 
