@@ -6,10 +6,12 @@ from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from pyrosome.ops.sample import adjust_logits, distribution, first_argmax, not_finite, race, sample
+from pyrosome.ops.sample.batch import choose_tokens
 from pyrosome.ops.sample.noise import seed_of
 from pyrosome.options import SamplingParams
 
@@ -44,7 +46,12 @@ class SamplerState:
     @property
     def is_plain_greedy(self) -> bool:
         """Whether the best logit is the answer, and nothing else is asked."""
-        return self.params.temperature == 0 and not self._counts and self.params.logprobs is None
+        return self.params.temperature == 0 and self.is_plain
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether logits, parameters and noise decide alone, and nothing is to be reported."""
+        return not self._counts and self.params.logprobs is None
 
     def accept(self, token: int) -> None:
         """Take a token that became part of the output."""
@@ -77,14 +84,21 @@ class Row(NamedTuple):
 
 def choose_all(rows: Sequence[Row]) -> list[Choice | Exception]:
     """One choice per row.  What goes wrong with a row is its value: the others are chosen as if it were not there."""
-    plain = [i for i, row in enumerate(rows) if row.mask_V is None and row.state.is_plain_greedy]
-    chosen = dict(zip(plain, _choose_greedy([rows[i] for i in plain]), strict=True))
+    chosen: dict[int, Choice | Exception] = {}
+    if rows and _has_kernel(rows[0].logits_V):
+        chosen.update(_choose_on_device(rows))
+    plain = [i for i, r in enumerate(rows) if i not in chosen and r.mask_V is None and r.state.is_plain_greedy]
+    chosen.update(zip(plain, _choose_greedy([rows[i] for i in plain]), strict=True))
     return [chosen[i] if i in chosen else _choose(row) for i, row in enumerate(rows)]
 
 
 def draw_draft(logits_V: Tensor, state: SamplerState, position: int) -> int:
     """A drafter's token for `position`, drawn with the noise that the target's will be drawn with."""
     params = state.params
+    if state.is_plain and _has_kernel(logits_V):
+        (token,) = _tokens(logits_V[None], [state], [position])
+        if token >= 0:
+            return token
     if state.is_plain_greedy:
         return first_argmax(logits_V)
     adjusted_V = adjust_logits(logits_V, params, state.prompt_counts, state.output_counts)
@@ -101,6 +115,51 @@ def _choose(row: Row) -> Choice | Exception:
         )
     except Exception as error:
         return error
+
+
+def _has_kernel(logits_V: Tensor) -> bool:
+    """Whether tokens are chosen where these logits are: on a GPU, by a kernel."""
+    if logits_V.device.type == "cpu" and choose_tokens.choice == "auto":
+        return False
+    return choose_tokens.chosen(logits_V) != "torch"
+
+
+def _choose_on_device(rows: Sequence[Row]) -> dict[int, Choice | Exception]:
+    """Choices of the rows that a kernel chooses for, by one wait for the device; of others nothing is said."""
+    at = [i for i, row in enumerate(rows) if row.mask_V is None and row.state.is_plain]
+    if not at:
+        return {}
+    try:
+        logits_NV = torch.stack([rows[i].logits_V for i in at])
+        tokens = _tokens(logits_NV, [rows[i].state for i in at], [rows[i].position for i in at])
+    except Exception:  # rows that do not go together are told apart one by one
+        return {}
+    # A row that allows no choice is looked at again, for what is wrong with it.
+    return {i: Choice(token, {}) for i, token in zip(at, tokens, strict=True) if token >= 0}
+
+
+def _tokens(logits_NV: Tensor, states: Sequence[SamplerState], positions: Sequence[int]) -> list[int]:
+    """`choose_tokens` with what these states ask for, which goes to the device as one tensor."""
+    params, V = [s.params for s in states], logits_NV.shape[1]
+    if all(p.temperature == 0 for p in params):
+        return choose_tokens(logits_NV).tolist()  # type: ignore[no-any-return]
+    asked = np.empty((6, len(states)), np.int64)
+    floats = asked[:3].view(np.float64)
+    floats[0], floats[1], floats[2] = zip(*((p.temperature, p.top_p, p.min_p) for p in params), strict=True)
+    asked[3], asked[4] = [min(p.top_k, V) for p in params], positions
+    asked[5] = np.array([s.seed & ((1 << 64) - 1) for s in states], np.uint64).view(np.int64)
+    on_device = torch.from_numpy(asked).to(logits_NV.device)
+    temperature_N, top_p_N, min_p_N = on_device[:3].view(torch.float64)
+    top_k_N, position_N, seed_N = on_device[3:]
+    return choose_tokens(  # type: ignore[no-any-return]
+        logits_NV,
+        temperature_N,
+        top_k_N if any(0 < p.top_k < V for p in params) else None,
+        top_p_N if any(p.top_p < 1 for p in params) else None,
+        min_p_N if any(p.min_p > 0 for p in params) else None,
+        seed_N,
+        position_N,
+    ).tolist()
 
 
 def _choose_greedy(rows: Sequence[Row]) -> list[Choice | Exception]:
