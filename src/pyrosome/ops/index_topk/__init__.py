@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from pyrosome.ops import native
+from pyrosome.ops import gpu, native
 from pyrosome.ops.rows import RowSource
 from pyrosome.ops.seam import Op
 
@@ -119,5 +119,7 @@ def _scores_at(q_THC: Tensor, keys: RowSource, weight_TH: Tensor, index_TK: Tens
 
 
 native.kernel(index_scores)
+gpu.kernel(index_scores)
 native.kernel(index_topk, any_format=True)
+gpu.kernel(index_topk, any_format=True)
 native.training_kernel(index_topk)
