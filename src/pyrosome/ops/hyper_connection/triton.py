@@ -54,13 +54,13 @@ def _hyper_connection_mix(
         channel = segment * SEGMENT + start + tl.arange(0, CHUNK)
         inside = (channel[:, None] < D) & there
         at = token * (J * D) + channel[:, None]
-        xs = ()
+        xs = ()  # a tuple grows by addition alone on the device
         for j in tl.static_range(J):
-            xs = xs + (tl.load(streams_ptr + at + j * D, mask=inside, other=0.0),)  # noqa: RUF005 (no starred tuples on the device)
+            xs = xs + (tl.load(streams_ptr + at + j * D, mask=inside, other=0.0),)  # type: ignore[assignment]  # noqa: RUF005
         if out_ptr is not None:
             out = tl.load(out_ptr + token * D + channel[:, None], mask=inside, other=0.0)
         for k in tl.static_range(J):
-            x = xs[k]
+            x = xs[k]  # type: ignore[var-annotated]
             if out_ptr is not None:
                 x = _new_stream(xs, out, post_ptr, comb_ptr, token, there, k, J)
                 tl.store(new_ptr + at + k * D, x, mask=inside)
@@ -154,7 +154,7 @@ def _hyper_connection_out(
     at = token * (J * D) + channel
     xs = ()
     for j in tl.static_range(J):
-        xs = xs + (tl.load(streams_ptr + at + j * D, mask=inside, other=0.0),)  # noqa: RUF005 (no starred tuples on the device)
+        xs = xs + (tl.load(streams_ptr + at + j * D, mask=inside, other=0.0),)  # type: ignore[assignment]  # noqa: RUF005
     out = tl.load(out_ptr + token * D + channel, mask=inside, other=0.0)
     for k in tl.static_range(J):
         x = _new_stream(xs, out, post_ptr, comb_ptr, token, token >= 0, k, J)
