@@ -260,7 +260,8 @@ def choices() -> list[dict[str, Any]]:
 
     On GPUs, where nothing ran, it is what would be chosen for what ran elsewhere.
     """
-    import pyrosome.model.deepseek_v4  # noqa: F401  # every op of the network registers itself
+    import pyrosome.model.deepseek_v4
+    import pyrosome.ops.sample.batch  # noqa: F401  # ops register themselves
     from pyrosome.ops.seam import OPS, Place
 
     capabilities = [tuple(map(int, text.split("."))) for text in sorted({g["capability"] for g in machine.gpus()})]

@@ -87,9 +87,8 @@ def _lines(cells: Mapping[Row, Mapping[int, str]], titles: Mapping[Row, list[str
     ):
         kernel, variant, matrix = row
         figures = [cells[row].get(c, "-") for c in CAPABILITIES]
-        lines.append(
-            f"| {' | '.join([f'`{kernel}`', variant, matrix or '-', *figures, ', '.join(_callers(made_by[row]))])} |"
-        )
+        by = ", ".join(_callers(made_by[row], calls))
+        lines.append(f"| {' | '.join([f'`{kernel}`', variant, matrix or '-', *figures, by])} |")
     return lines
 
 
@@ -98,18 +97,20 @@ def _figure(registers: int, shared: int, stack: int) -> str:
     return f"{registers} / {kib:.0f}" + (f" (spills {stack})" if stack else "")
 
 
-def _callers(calls: Sequence[Call]) -> list[str]:
-    """For each op in order: `linear` (wq_a, wq_b; M = 1 to 16)."""
+def _callers(made: Sequence[Call], calls: Sequence[Call]) -> list[str]:
+    """For each op in order: `linear` (wq_a; wq_b: M = 1 to 16), without names where it is all of its calls'."""
     found: dict[str, list[Call]] = {}
-    for call in calls:
+    for call in made:
         found.setdefault(call.op.name, []).append(call)
-    return [f"`{op}` ({_names(made)}; {_rows(made)})" for op, made in sorted(found.items())]
+    return [f"`{op}` ({_names(of_op, calls)}{_rows(of_op)})" for op, of_op in sorted(found.items())]
 
 
-def _names(calls: Sequence[Call]) -> str:
-    return ", ".join(sorted({call.name for call in calls}))
+def _names(made: Sequence[Call], calls: Sequence[Call]) -> str:
+    names = {call.name for call in made}
+    every = {call.name for call in calls if call.op.name == made[0].op.name}
+    return "" if names == every else "; ".join(sorted(names)) + ": "
 
 
-def _rows(calls: Sequence[Call]) -> str:
-    least, most = min(call.rows for call in calls), max(call.rows for call in calls)
+def _rows(made: Sequence[Call]) -> str:
+    least, most = min(call.rows for call in made), max(call.rows for call in made)
     return f"M = {least}" if least == most else f"M = {least} to {most}"
