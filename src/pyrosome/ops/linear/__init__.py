@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyrosome.errors import UnsupportedFormat
-from pyrosome.ops import native
+from pyrosome.ops import gpu, native
 from pyrosome.ops.rms_norm import rms_norm
 from pyrosome.ops.seam import Op
 from pyrosome.quant import QuantTensor, unchanged
@@ -67,6 +67,10 @@ def scaled(x: Tensor, factor: float) -> Tensor:
 
 
 native.kernel(scaled)
+gpu.kernel(scaled)
 native.kernel(linear)
+gpu.kernel(linear)
 native.kernel(linears)
+gpu.kernel(linears)
 native.kernel(grouped_linear)
+gpu.kernel(grouped_linear)

@@ -35,6 +35,7 @@ class Rows(NamedTuple):
     parts_3MP: Tensor | None = None  # bfloat16: three tensors that add up to the rows
     deep_M: Tensor | None = None  # int32: whether the second and the third have anything but zeros
     plain_MP: Tensor | None = None  # float32
+    scale_GM: Tensor | None = None  # the scales as a tile of tokens reads them; M is rounded up to 16, with anything
 
 
 def padded(K: int) -> int:
@@ -68,8 +69,12 @@ def prepared_rows(
     rounded: bool = False,
     parts: bool = False,
     plain: bool = False,
+    columns: bool = False,
 ) -> Rows:
     """The forms of float32 rows that are asked for, by one launch.
+
+    Args:
+        columns: codes and the scales of a group side by side, `scale_GM`.
 
     Raises:
         RuntimeError: the norm is not one of such rows, or a row is wider than one program takes.
@@ -82,12 +87,13 @@ def prepared_rows(
     if whole and K > _WHOLE:
         raise RuntimeError(f"rows of {K} channels were given, and a row that is read whole has at most {_WHOLE}")
     made = Rows(
-        codes_MP=x.new_empty(M, P, dtype=torch.uint8) if codes else None,
+        codes_MP=x.new_empty(M, P, dtype=torch.uint8) if codes or columns else None,
         scale_MG=x.new_empty(M, P // GROUP) if codes else None,
         rounded_MP=x.new_empty(M, P, dtype=torch.bfloat16) if rounded else None,
         parts_3MP=x.new_empty(3, M, P, dtype=torch.bfloat16) if parts else None,
         deep_M=x.new_empty(M, dtype=torch.int32) if parts else None,
         plain_MP=x.new_empty(M, P) if plain else None,
+        scale_GM=x.new_empty(P // GROUP, gpu.cdiv(M, 16) * 16) if columns else None,
     )
     block = gpu.pow2(P) if whole else min(gpu.pow2(P), _PIECE)
     gpu.launch(
@@ -99,7 +105,8 @@ def prepared_rows(
 
 @gpu.jit
 def _rows(
-    x_ptr, norm_ptr, codes_ptr, scale_ptr, rounded_ptr, parts_ptr, deep_ptr, plain_ptr, M, eps,
+    x_ptr, norm_ptr, codes_ptr, scale_ptr, rounded_ptr, parts_ptr, deep_ptr, plain_ptr,
+    column_ptr, M, eps,
     K: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -116,7 +123,11 @@ def _rows(
         if codes_ptr is not None:
             tl.store(codes_ptr + at, tl.reshape(code, [BLOCK]).to(tl.uint8), mask=stored)
             group = tl.program_id(1) * (BLOCK // 128) + tl.arange(0, BLOCK // 128)
-            tl.store(scale_ptr + row * (P // 128) + group, scale, mask=group < P // 128)
+            if scale_ptr is not None:
+                tl.store(scale_ptr + row * (P // 128) + group, scale, mask=group < P // 128)
+            if column_ptr is not None:
+                M16 = (M + 15).to(tl.int64) // 16 * 16
+                tl.store(column_ptr + group * M16 + row, scale, mask=group < P // 128)
         if rounded_ptr is not None:
             value = decode_e4m3(code) * scale[:, None]
             tl.store(rounded_ptr + at, tl.reshape(value, [BLOCK]).to(tl.bfloat16), mask=stored)
