@@ -39,6 +39,7 @@ class CudaClock:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        torch.cuda.set_device(device)  # graphs are captured on the current one
         cache = torch.cuda.get_device_properties(device).L2_cache_size
         # Read, not written, between calls: lines that were written would have to be stored while the call is timed.
         self._flush = torch.zeros(2 * cache // 4, dtype=torch.int32, device=device)

@@ -55,7 +55,8 @@ def fake_cuda(monkeypatch):
         "Event": Event, "Stream": Stream, "CUDAGraph": CUDAGraph, "graph": graph,
         "get_device_properties": lambda device: properties, "current_stream": lambda device: Stream(),
         "stream": lambda stream: contextlib.nullcontext(), "synchronize": lambda device: None,
-        "get_device_name": lambda device: "Some GPU", "empty_cache": lambda: None, "is_available": lambda: True,
+        "get_device_name": lambda device: "Some GPU", "empty_cache": lambda: None,
+        "set_device": lambda device: None, "is_available": lambda: True,
     }  # fmt: skip
     for name, value in values.items():
         monkeypatch.setattr(torch.cuda, name, value)

@@ -107,6 +107,13 @@ def test_what_a_definition_cannot_do_is_told_and_no_problem(monkeypatch):
     assert found["definition"]["eager"]["why_not"].startswith("OutOfMemoryError") and not found["problems"]
 
 
+def test_the_first_call_of_each_name_is_compiled(capsys):
+    size = dataclasses.replace(TINY, compile=lambda f: f)
+    found = run([call(), call(2), call(name="other")], CPU, Fixed(), size)
+    assert [sorted(r["definition"]) for r in found["rows"]] == [["compiled", "eager"], ["eager"], ["compiled", "eager"]]
+    assert len(capsys.readouterr().out.splitlines()) == 5
+
+
 def test_a_slow_definition_is_timed_once():
     class Slow(CpuClock):
         def seconds(self, run, count):
@@ -184,7 +191,8 @@ def test_a_record_has_the_device_the_command_and_all_rows(monkeypatch, tmp_path,
     assert [r["title"] for r in record["rows"]] == ["doubled some, M = 4", "doubled some, M = 3"]
     assert {"device", "versions", "capability", "ceilings", "date", "commit", "torch", "cpu"} <= set(record)
     assert "FAILED doubled some, M = 3" in capsys.readouterr().err and len(record["problems"]) == 1
-    assert kernels.main(["--device", "cuda", "--no-definitions", "--only", "doubled"]) == 0
+    for option in ("--no-definitions", "--no-compile"):
+        assert kernels.main(["--device", "cuda", option, "--only", "doubled some, M = 4"]) == 0
     assert len((tmp_path / "kernels_gpu.jsonl").read_text().splitlines()) == 1
 
 
