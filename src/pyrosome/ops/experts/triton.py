@@ -86,7 +86,7 @@ def routed_at(
         return x_TD.new_zeros(T, D)
     expert_TK, weight_TK = expert_TK.contiguous(), weight_TK.contiguous()
     target, N = gpu.target(x_TD.device), T * K
-    tiling = _chosen("routed", at, N, target)
+    tiling = _chosen("routed_experts", at, N, target)
     pairs = None if N <= EACH_PAIRS else sorted_pairs(expert_TK, first, E, tiling.down.constants["BLOCK_T"])
     run = _Run(at, prepare is round_activation, tiling, target, N, K, 1, first, expert_TK, pairs)
     out_ND = run.down(run.gate_up(x_TD, weight_TK, limit), None)
@@ -111,7 +111,9 @@ def shared_expert(x_TD: Tensor, expert: ExpertWeights, limit: float, onto_TD: Te
     if 0 in (T, D, at.inner):
         return torch.zeros_like(x_TD) if onto_TD is None else onto_TD.clone()
     target = gpu.target(x_TD.device)
-    run = _Run(at, expert.prepare is round_activation, _chosen("shared", at, T, target), target, T, 1, segments(at))
+    run = _Run(
+        at, expert.prepare is round_activation, _chosen("shared_expert", at, T, target), target, T, 1, segments(at)
+    )
     return run.down(run.gate_up(x_TD, None, limit), onto_TD)
 
 
@@ -225,7 +227,7 @@ def _chosen(kernel: str, at: Addresses, num_pairs: int, target: Target) -> Tilin
     hopper, most = target.capability // 10 == 9, "64" if target.capability // 10 == 10 else "32"
     if at.kind in ("f32", "f16"):
         choices = {0: "plain"}
-    elif kernel == "shared":
+    elif kernel == "shared_expert":
         choices = {32: "split", 512: "32", 0: "64" if hopper else "32"}
     else:
         choices = {4: "16", 16: "32", 64: "64" if hopper else most, 0: "128" if hopper else most}
