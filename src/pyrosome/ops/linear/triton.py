@@ -8,8 +8,8 @@ tiles of 64 outputs and segments of K (`segments`) fill the device, which stream
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
@@ -44,7 +44,7 @@ VALUE_VARIANTS = {
 }
 FLOAT_VARIANTS = {
     "few": Variant("few", {"BLOCK_N": 64, "BLOCK_M": 16}, warps=4, stages=3),
-    "many": Variant("many", {"BLOCK_N": 64, "BLOCK_M": 64}, warps=8, stages=2),
+    "many": Variant("many", {"BLOCK_N": 64, "BLOCK_M": 32}, warps=4, stages=2),
 }
 _SUM = Variant("sum", {"BLOCK": 256}, warps=2, stages=1)
 _SCALE = Variant("scale", {"BLOCK": 1024}, warps=4, stages=1)
@@ -182,7 +182,7 @@ def _multiply(rows: Rows, need: _Need, weights: list[_Stored], outs: list[Tensor
     splits = is_apart or max(cuts) == 1
     programs = sum(t * (s if splits else 1) for t, s in zip(tiles, cuts, strict=True)) * columns
     data, scales, ys = _six(w.data for w in weights), _six(w.scale for w in weights), _six(into)
-    constants = {"N": tuple(N // G for N in sizes), "S": cuts, "K": K, "SPLIT": splits}
+    constants: dict[str, Any] = {"N": tuple(N // G for N in sizes), "S": cuts, "K": K, "SPLIT": splits}
     if need.form == "columns":
         data = _six(w.data.view(torch.float8_e4m3fn) for w in weights)
         assert rows.codes_MP is not None
@@ -223,10 +223,10 @@ def _variant(need: _Need, M: int, sizes: tuple[int, ...], has_one_sum: bool, tar
         return gpu.chosen("code_products", key, CODE_VARIANTS, _by_tokens(M, "few", "some", many), target)
     if need.kind == "f32":
         return gpu.chosen("float_products", key, FLOAT_VARIANTS, _by_tokens(M, "few", "many", "many"), target)
-    if need.form == "rounded":
-        many = "many" if target.shared_bytes > 128 << 10 else "narrow"
-    elif family not in (9, 10):
+    if need.form == "parts" and family not in (9, 10):
         many = "narrow" if has_one_sum else "slim"
+    elif target.shared_bytes < 128 << 10:
+        many = "narrow"
     some = "slim" if family == 10 else "some"
     return gpu.chosen("value_products", key, VALUE_VARIANTS, _by_tokens(M, "few", some, many), target)
 
@@ -235,7 +235,7 @@ def _by_tokens(M: int, few: str, some: str, many: str) -> str:
     return few if M <= 16 else some if M <= 64 else many
 
 
-def _six(given):  # type: ignore[no-untyped-def]
+def _six(given: Iterable[Tensor | None]) -> tuple[Tensor | None, ...]:
     """As many arguments as kernels have for it."""
-    found = list(given)
+    found = tuple(given)
     return (*found, *[None] * (MOST - len(found)))

@@ -14,10 +14,11 @@ from pyrosome.quant import FORMATS, QuantTensor, round_activation, unchanged
 from pyrosome.testing.calls import Call
 
 # V4-Flash: hidden size, query latent, heads x head dim, output groups and their width, vocabulary.
-D, L, INNER, G, O, V = 4096, 1024, 32768, 8, 1024, 129280
+D, L, INNER, G, Z, V = 4096, 1024, 32768, 8, 1024, 129280
 INDEX, INDEX_HEADS, INDEX_DIM, KV = 8192, 64, 128, 512
 DECODE, PREFILL = (1, 4, 16, 64), (512, 4096)
 
+PLAIN = {"bf16": torch.bfloat16, "f32": torch.float32}
 Weight = tuple[str, int, int]  # format, N, K
 READ: dict[str, list[Weight]] = {  # what reads a layer's input, by the layer's kind
     "window": [("fp8", L, D), ("fp8", KV, D)],
@@ -31,15 +32,16 @@ LATENT: dict[str, list[Weight]] = {"wq_b": [("fp8", INNER, L)], "wq_b, index": [
 
 
 def calls() -> list[Call]:
-    """Decode and prefill of each; `exact` numerics of two."""
+    """Decode and prefill of each; what `exact` numerics and unpacked weights launch."""
     made = []
     for M in (*DECODE, *PREFILL):
         made += [_several(f"read by {kind}", M, weights) for kind, weights in READ.items()]
         made += [_several(name, M, weights, has_norm=True) for name, weights in LATENT.items()]
-        made += [_grouped("wo_a", M, rounded=True), _single("wo_b", M, ("fp8", D, G * O))]
+        made += [_grouped("wo_a", M, rounded=True), _single("wo_b", M, ("fp8", D, G * Z))]
         made += [Call(scaled, "index weights", M, 0, functools.partial(_scaled, M), 8 * M * INDEX_HEADS)]
     made += [_several("head", M, [("bf16", V, D)], has_norm=True) for M in DECODE]
     made += [_several("wq_b, exact", M, LATENT["wq_b"], has_norm=True, prepare=unchanged) for M in (1, 4096)]
+    made += [_single("wkv, unpacked", M, ("f32", KV, D)) for M in (1, 512)]
     made += [_grouped("wo_a, of any inputs", M, rounded=False) for M in (1, 4096)]
     return made
 
@@ -66,21 +68,22 @@ def _single(name: str, M: int, weight: Weight) -> Call:
     _, N, K = weight
 
     def make(device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return (torch.randn(M, K, device=device), stored(weight, device), round_activation), {}
+        prepare = unchanged if weight[0] == "f32" else round_activation
+        return (torch.randn(M, K, device=device), stored(weight, device), prepare), {}
 
-    return Call(linear, name, M, 0, make, stored_bytes(weight) + 4 * M * (N + K), 2 * M * N * K, "fp8")
+    return Call(linear, name, M, 0, make, stored_bytes(weight) + 4 * M * (N + K), 2 * M * N * K, weight[0])
 
 
 def _grouped(name: str, M: int, *, rounded: bool) -> Call:
     """`rounded`: inputs are values of bfloat16, as attention's are in `trained`."""
-    weight = ("fp8", G * O, INNER // G)
+    weight = ("fp8", G * Z, INNER // G)
 
     def make(device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
         x = torch.randn(M, G, INNER // G, device=device)
         return (x.bfloat16().float() if rounded else x, stored(weight, device)), {}
 
-    size = stored_bytes(weight) + 4 * M * (INNER + G * O)
-    return Call(grouped_linear, name, M, 0, make, size, 2 * M * O * INNER, "bf16")
+    size = stored_bytes(weight) + 4 * M * (INNER + G * Z)
+    return Call(grouped_linear, name, M, 0, make, size, 2 * M * Z * INNER, "bf16")
 
 
 def _scaled(M: int, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -90,8 +93,8 @@ def _scaled(M: int, device: torch.device) -> tuple[tuple[Any, ...], dict[str, An
 def stored(weight: Weight, device: torch.device) -> Tensor | QuantTensor:
     """Some matrix [N, K] in a format, made on `device`."""
     name, N, K = weight
-    if name == "bf16":
-        return torch.randn(N, K, device=device, dtype=torch.bfloat16)
+    if name in PLAIN:
+        return torch.randn(N, K, device=device, dtype=PLAIN[name])
     shape = FORMATS[name].scale_shape((N, K))
     empty: Callable[..., Tensor] = functools.partial(torch.empty, device=device)
     if device.type == "meta":
@@ -105,4 +108,4 @@ def stored(weight: Weight, device: torch.device) -> Tensor | QuantTensor:
 def stored_bytes(weight: Weight) -> int:
     """Bytes of a weight [N, K]."""
     name, N, K = weight
-    return 2 * N * K if name == "bf16" else N * K + -(-N // 128) * -(-K // 128)
+    return PLAIN[name].itemsize * N * K if name in PLAIN else N * K + -(-N // 128) * -(-K // 128)
