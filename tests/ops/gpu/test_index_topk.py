@@ -176,15 +176,22 @@ def test_a_block_that_would_leave_nothing_out_is_refused():
         found(case(rows=2500, topk=600, layout=[(0, 1)]))
 
 
-@pytest.mark.parametrize("block", ["128", "256"])
-def test_tiles_of_rows_do_not_change_the_scores(block):
-    c = case(values=noise, layout=[(0, 4)])
-    with gpu.forced(index_scores=block):
-        score, index = found(c)
-    wanted, wanted_index = found(c)
-    assert torch.equal(index, wanted_index)
-    # The interpreter's products are numpy's, whose sums may depend on the shape of a tile.
-    assert same_bits(score, wanted) if DEVICE.type == "cuda" else rms(score[index >= 0], wanted[index >= 0]) < 1e-6
+@pytest.mark.parametrize("row_format", ["fp8", "bf16"])
+def test_tiles_of_rows_do_not_change_the_scores(row_format):
+    c = case(row_format, values=noise, layout=[(0, 4)])
+    c.visible[:] = 300
+    score, index = found(c)
+    for tile in scoring.variants(gpu.target(DEVICE)):
+        with gpu.forced(index_scores=tile):
+            again, again_index = found(c)
+        assert torch.equal(index, again_index)
+        # The interpreter's products are numpy's, whose sums may depend on the shape of a tile.
+        assert same_bits(score, again) if DEVICE.type == "cuda" else rms(again, score) < 1e-6
+
+
+def test_a_device_is_offered_tiles_that_fit_it():
+    assert list(scoring.variants(gpu.Target(80))) == list(scoring.variants(gpu.Target(100))) == ["128"]
+    assert list(scoring.variants(gpu.Target(90))) == ["128", "256"]
 
 
 @pytest.mark.parametrize("row_format", ["fp8", "f32"])

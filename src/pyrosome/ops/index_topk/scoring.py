@@ -2,9 +2,9 @@
 
 The keys of a program are the left operand, decoded once and held while one token after the other comes by, whose heads
 are the columns.  So a score is the same sum wherever its token stands: a product of one tile of rows and one token's
-heads, then the sum of that tile over its heads.  FP4 and bfloat16 keys are exact in bfloat16; queries are too where
-they were rounded to FP4, and else are a sum of three such parts, of which those that are zero
-are skipped.
+heads, then the sum of that tile over its heads.  FP4 and bfloat16 keys are exact in bfloat16; so are queries that were
+rounded to FP4.  Others are a sum of up to three such parts, of which all but the first are skipped where they are zero.
+Float32 keys, which no production format has, are multiplied as they are.
 """
 
 from __future__ import annotations
@@ -150,8 +150,8 @@ def _scores(
             for j in tl.range(t, stop):
                 q_j = parts_ptr + tl.cast(j, tl.int64) * (H * C) + q_at
                 q = tl.load(q_j, mask=q_inside, other=0.0)
-                product = device.dot(rows, tl.trans(q), tl.zeros((BLOCK_N, HEADS), tl.float32), UPCAST)
                 num_parts = tl.load(num_parts_ptr + j)
+                product = device.dot(rows, tl.trans(q), tl.zeros((BLOCK_N, HEADS), tl.float32), UPCAST)
                 if num_parts > 1:
                     q = tl.load(q_j + part_stride, mask=q_inside, other=0.0)
                     product = device.dot(rows, tl.trans(q), product, UPCAST)
@@ -217,7 +217,14 @@ def score(queries: Queries, keys: Keys, out: Tensor, tokens: tuple[int, int], ro
     )  # fmt: skip
 
 
+def variants(target: Target) -> dict[str, Variant]:
+    """Those that keep to a device's registers, and multiply on its matrix units in one way."""
+    return VARIANTS if target.capability // 10 == 9 else {"128": VARIANTS["128"]}
+
+
 def _variant(row_format: str, H: int, C: int, target: Target) -> Variant:
     if row_format == "f32":
         return _FLOATS
-    return gpu.chosen("index_scores", f"H={H},C={C}", VARIANTS, "128", target)
+    fit = variants(target)
+    default = "256" if row_format == "fp4" and "256" in fit else "128"
+    return gpu.chosen("index_scores", f"{row_format},H={H},C={C}", fit, default, target)

@@ -18,7 +18,7 @@ from pyrosome.ops.index_topk.scoring import Keys, Queries
 from pyrosome.ops.rows import NARROW, Pages, RowSource, stored
 from pyrosome.quant.rows import FloatRows, FP4IndexRows
 
-WORKSPACE = 64 << 20  # bytes of scores and queries at once
+WORKSPACE = 80 << 20  # bytes of scores and queries at once: 64 tokens over 262,144 rows
 SOURCE_ROWS = 1 << 18  # asked of a source that gives floats, of all spans at once
 
 
