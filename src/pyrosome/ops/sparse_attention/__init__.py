@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pyrosome.ops import native
+from pyrosome.ops import gpu, native
 from pyrosome.ops.rope import rope
 from pyrosome.ops.rows import NARROW, RowSource
 from pyrosome.ops.seam import Op
@@ -144,7 +144,10 @@ def watched_attention(
 
 
 native.kernel(attention)
+gpu.kernel(attention)
 native.training_kernel(attention)
 native.training_kernel(watched_attention)
 native.kernel(sparse_attention, any_format=True)  # a source decodes its rows
+gpu.kernel(sparse_attention, any_format=True)
 native.kernel(finish_attention)
+gpu.kernel(finish_attention)
