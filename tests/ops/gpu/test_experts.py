@@ -38,7 +38,15 @@ def stored(kind, w):
 
 def bank(kind, E, D, I, prepare=round_activation, **which):  # noqa: E741
     shapes = (I, D), (I, D), (D, I)
-    return ExpertWeights(*(stored(kind, draw(E, *s, seed=i + 1) * 0.3) for i, s in enumerate(shapes)), prepare, **which)
+    return ExpertWeights(*(stored(kind, uneven(E, *s, seed=i + 1)) for i, s in enumerate(shapes)), prepare, **which)
+
+
+def uneven(E, N, K, seed):
+    """Weights whose blocks and groups have scales of their own."""
+    size = torch.randint(-5, 0, (E, -(-N // 8), -(-K // 8)), generator=torch.Generator().manual_seed(seed))
+    size[:, 16:] += 3
+    size[..., 16:] += 2
+    return draw(E, N, K, seed=seed) * size.exp2().repeat_interleave(8, 1).repeat_interleave(8, 2)[:, :N, :K]
 
 
 def one(weights, e=0):
@@ -362,6 +370,7 @@ def test_anything_may_lie_apart_and_begin_anywhere():
         return room.view(t.shape).copy_(t.view(torch.uint8)).view(t.dtype)
 
     off = [QuantTensor("fp4", moved(w.data, 1 + 4 * i), moved(w.scale, 1)) for i, w in enumerate(weights[:3])]
+    assert not (addresses_of(off).table_6E[::2] % 4).any()  # where words may be read
     x = draw(9, 130).to(DEVICE)[:, 1:129:2]
     wide = torch.stack([expert, expert], 1)[:, 1], torch.stack([weight, weight], 2)[..., 0]
     with kernels(routed_experts):
