@@ -35,8 +35,7 @@ def _tile_of(
         expert = tl.load(tile_ptr + tile * 3)
         at = tl.load(tile_ptr + tile * 3 + 1) + column
         end = tl.load(tile_ptr + tile * 3 + 2)
-        # Past the last pair it is computed again, and not stored.
-        pair = tl.load(order_ptr + tl.minimum(at, end - 1), mask=(column >= 0) & (end > 0), other=0)
+        pair = tl.load(order_ptr + at, mask=at < end, other=0)  # past the last, any: it is not stored
         return tl.where(end > 0, expert, E), pair, at < end
     else:  # one expert has every row
         row = tile * BLOCK_T + column
