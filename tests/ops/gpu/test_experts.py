@@ -14,6 +14,7 @@ from pyrosome.ops.experts import ExpertWeights, clamped_swiglu, products, routed
 from pyrosome.ops.experts.addresses import addresses_of
 from pyrosome.ops.experts.sorted_pairs import sorted_pairs
 from pyrosome.ops.experts.triton import _ROW, VARIANTS, routed_at
+from pyrosome.ops.experts.triton import TILINGS as TILINGS_OF
 from pyrosome.ops.experts.weight_tiles import weight_tile
 from pyrosome.ops.experts.word_order import ordered_rows
 from pyrosome.quant import FORMATS, QuantTensor, round_activation, unchanged
@@ -360,6 +361,21 @@ def test_experts_further_apart_than_32_bits_count():
     with kernels(routed_experts):
         found = routed_experts(x, weights, expert, weight, LIMIT)
     assert alike(found, routed_experts.definition(x, near, expert, weight, LIMIT))
+
+
+def test_more_rows_than_32_bits_count_elements_of():
+    N = (1 << 24) + 2  # of 128 channels; the last is the only one in a tile
+    h = torch.empty(N, 128, dtype=torch.bfloat16, device=DEVICE)
+    h[-1] = torch.arange(128.0) - 60
+    weights, out = bank("bf16", 1, 16, 128, unchanged), torch.empty(N, 16, device=DEVICE)
+    order, tile = torch.tensor([N - 1, 0]), torch.tensor([[0, 0, 1]])
+    with kernels(routed_experts):
+        gpu.launch(
+            products.down, (1, 1), addresses_of(weights[:3]).table_6E, h, None, order.int().to(DEVICE),
+            tile.int().to(DEVICE), None, out, N, 0, E=1, D=16, INNER=128, MODE="sorted",
+            FORMAT="bf16", PARTS=1, ALIGN=1, UPCAST=DEVICE.type == "cpu", variant=TILINGS_OF["16"].down,
+        )  # fmt: skip
+    assert alike(out[-1], weights.w2[0].float() @ h[-1].float())
 
 
 def test_anything_may_lie_apart_and_begin_anywhere():
