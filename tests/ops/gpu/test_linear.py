@@ -29,7 +29,7 @@ def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def stored(name: str, N: int, K: int, seed: int = 1):
     """A weight on DEVICE whose blocks have scales of their own."""
-    weight = drawn(N, K, seed=seed) * torch.exp2(torch.arange(N)[:, None] % 3 + torch.arange(K) // 32 % 5)
+    weight = drawn(N, K, seed=seed) * torch.exp2(torch.arange(N)[:, None] // 32 % 7 + torch.arange(K) // 32 % 5)
     if name in FORMATS:
         return QuantTensor(name, *FORMATS[name].quantize(weight)).to(DEVICE)
     return weight.to(PLAIN[name]).to(DEVICE)
@@ -88,11 +88,12 @@ def test_every_variant_has_the_same_sums(capability, name, prepare):
 @pytest.mark.parametrize("prepare", [unchanged, round_activation])
 def test_a_token_has_the_same_bits_alone_and_among_many(name, prepare, monkeypatch):
     """Few tokens leave segments to be added by a second kernel; many have theirs added at once."""
-    x, weight = drawn(70, 256).to(DEVICE), stored(name, 66, 256)
+    x, weight = drawn(70, 512).to(DEVICE), stored(name, 66, 512)
     monkeypatch.setattr(made, "_MOST_SPLIT", 64)
+    monkeypatch.setattr(made, "segments", lambda N, K: 2)  # each of two blocks
     with kernels(linear, CAPABILITY):
         together = linear(x, weight, prepare)
-        for count in (1, 2, 17, 64):
+        for count in (1, 17):
             assert agree(linear(x[5 : 5 + count], weight, prepare), together[5 : 5 + count])
     assert rms(together, exactly(x, weight, prepare)) < 3e-7
 
@@ -123,12 +124,12 @@ def test_more_weights_than_a_launch_has_room_for():
             assert same_bits(out, linear(x, weight))
 
 
-@pytest.mark.parametrize("M", [1, 520])
+@pytest.mark.parametrize("M", [1, 130])
 def test_programs_of_many_tokens_find_their_tiles(M):
     """More tiles of tokens than stand side by side, and weights of different heights."""
     weights = [(stored("fp8", N, 40, seed=N), round_activation) for N in (66, 10)]
     x = drawn(M, 40).to(DEVICE)
-    with kernels(linears, CAPABILITIES[-1]), gpu.forced(code_products="some", value_products="some"):
+    with kernels(linears, CAPABILITIES[-1]), gpu.forced(code_products="few", value_products="few"):
         for out, (weight, prepare) in zip(linears(x, weights), weights, strict=True):
             assert rms(out, exactly(x, weight, prepare)) < 3e-7
 
@@ -147,9 +148,9 @@ def test_groups_have_inputs_of_their_own(capability, name, T, G, N, K):
 
 
 def test_inputs_that_bfloat16_holds_skip_what_is_zero_and_have_the_same_bits():
-    x, weight = drawn(70, 1, 128).bfloat16().float().to(DEVICE), stored("fp8", 60, 128)
+    x, weight = drawn(66, 1, 64).bfloat16().float().to(DEVICE), stored("fp8", 60, 64)
     with kernels(grouped_linear, CAPABILITY):
-        for variant in ("slim", "many", "narrow"):
+        for variant in ("slim", "many"):
             mixed = x.clone()
             mixed[5] += 1e-4  # its neighbours in the tile are multiplied in full now
             with gpu.forced(value_products=variant):
