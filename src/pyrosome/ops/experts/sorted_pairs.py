@@ -41,7 +41,7 @@ def sorted_pairs(expert_N: Tensor, first: int, num_experts: int, rows: int) -> T
     if C > 1:
         counts = torch.empty(C, bins, dtype=torch.int32, device=expert_N.device)
         gpu.launch(_count, (C,), expert_N, counts, N, first, E=E, BINS=bins, variant=variant)
-    gpu.launch(_sort, (C,), expert_N, counts, order_N, tile_G3, N, first, G, E=E, BINS=bins, ROWS=rows, variant=variant)
+    gpu.launch(_sort, (C,), expert_N, counts, order_N, tile_G3, N, first, G, rows, E=E, BINS=bins, variant=variant)
     return Tiles(order_N, tile_G3)
 
 
@@ -62,8 +62,8 @@ def _count(expert_ptr, counts_ptr, num_pairs, first, E: tl.constexpr, BINS: tl.c
 
 @gpu.jit
 def _sort(
-    expert_ptr, counts_ptr, order_ptr, tile_ptr, num_pairs, first, num_tiles,
-    E: tl.constexpr, BINS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    expert_ptr, counts_ptr, order_ptr, tile_ptr, num_pairs, first, num_tiles, rows,
+    E: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     chunk = tl.program_id(0)
     i = tl.arange(0, BLOCK)
@@ -93,14 +93,14 @@ def _sort(
         rank += tl.sum(earlier.to(tl.int32), axis=1)
     tl.store(order_ptr + tl.gather(start + before, place, 0) + rank, at, mask=place < E)
     # The tiles, shared out among the programs.
-    tiles = (total + (ROWS - 1)) // ROWS
+    tiles = (total + (rows - 1)) // rows
     past = tl.cumsum(tiles)
     for g0 in range(chunk * 32, num_tiles, tl.num_programs(0) * 32):
         g = g0 + tl.arange(0, 32)
         mine = tl.sum(((past[None, :] <= g[:, None]) & (expert[None, :] < E)).to(tl.int32), axis=1)
         used = mine < E
-        begin = tl.gather(start, mine, 0) + (g - tl.gather(past - tiles, mine, 0)) * ROWS
-        end = tl.minimum(begin + ROWS, tl.gather(start + total, mine, 0))
+        begin = tl.gather(start, mine, 0) + (g - tl.gather(past - tiles, mine, 0)) * rows
+        end = tl.minimum(begin + rows, tl.gather(start + total, mine, 0))
         inside = g < num_tiles
         tl.store(tile_ptr + g * 3, tl.where(used, mine, 0), mask=inside)
         tl.store(tile_ptr + g * 3 + 1, tl.where(used, begin, 0), mask=inside)
