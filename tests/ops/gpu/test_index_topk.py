@@ -14,7 +14,7 @@ from pyrosome.cache.streams import PAGE_ROWS
 from pyrosome.cache.views import PagedRows
 from pyrosome.errors import KernelUnavailable
 from pyrosome.ops import gpu
-from pyrosome.ops.index_topk import choosing, index_scores, index_topk, scoring
+from pyrosome.ops.index_topk import choosing, index_scores, index_topk, rank_index, rank_key, scoring
 from pyrosome.quant import simulate_fp4
 from pyrosome.quant.rows import RowFormat, index_rows
 from tests.ops.gpu.held import CAPABILITIES, DEVICE, kernels, rms, same_bits
@@ -153,12 +153,36 @@ def test_programs_of_one_token_and_of_many(programs, monkeypatch):
     check(case(layout=[(0, 1), (1, 3), (3, 68)], rows=140, topk=7))
 
 
+@pytest.mark.parametrize("values", [coarse, noise])  # of which most tie, and of which none do
 @pytest.mark.parametrize("block", ["1024", "4096", "8192", "16384"])
-def test_blocks_of_rows_do_not_change_the_choice(block):
-    c = case(heads=1, width=32, rows=2500, layout=[(0, 4)], topk=30)
-    c.visible[:] = torch.tensor([2500, 1024, 1025, 29])
+def test_blocks_of_rows_do_not_change_the_choice(block, values):
+    c = case(heads=1, width=32, rows=4500, layout=[(0, 3)], topk=30, values=values)
+    c.weight.abs_()
+    c.visible[:] = torch.tensor([4500, 1025, 29])
     with gpu.forced(best_rows=block):
-        check(c)
+        check(c, exact=values is coarse)
+
+
+@pytest.mark.parametrize("K", [1, 5, 9, 40])
+def test_scores_of_any_bits_are_ordered_as_the_definition_orders_them(K):
+    inf, nan = float("inf"), float("nan")
+    values = torch.tensor([0.0, -0.0, inf, nan, -nan, -inf, 1e-45, -1e-45, 1.0, -1.0, -3e38, 3e38, 0.0, -0.0, 1.0, nan])
+    values = torch.cat([values.flip(0), values, torch.tensor([-1], dtype=torch.int32).view(torch.float32)])
+    score = torch.zeros(len(values), 48, device=DEVICE)
+    score[:, :33] = torch.stack([values.roll(n) for n in range(len(values))]).to(DEVICE)
+    visible = torch.tensor([0, 1, 7, 33]).repeat_interleave(9)[-len(values) :].to(DEVICE)
+    out = torch.empty(len(values), K, device=DEVICE), torch.empty(len(values), K, dtype=torch.int64, device=DEVICE)
+    choosing.choose(score, visible, choosing.plan(33, K, gpu.target(DEVICE)), (0, len(values)), out)
+    row = torch.arange(33)
+    rank = rank_key(score[:, :33].cpu(), row).masked_fill(row >= visible.cpu()[:, None], -1)
+    best = rank.topk(min(K, 33)).values
+    wanted = rank_index(best).masked_fill(best < 0, 99).sort().values
+    found = out[1].cpu()[:, : wanted.shape[1]]
+    assert torch.equal(found, wanted.masked_fill(wanted == 99, -1))
+    assert (out[1][:, 33:] == -1).all()
+    chosen = found >= 0
+    at = out[0].cpu()[:, : wanted.shape[1]][chosen], score.cpu().gather(1, found.clamp(min=0))[chosen] + 0.0
+    assert same_bits(at[0].nan_to_num(nan=7.0), at[1].nan_to_num(nan=7.0))
 
 
 def test_many_rounds():
@@ -207,7 +231,7 @@ def test_a_token_has_the_same_bits_whatever_is_beside_it(row_format, monkeypatch
 
 
 def test_equal_scores_go_to_the_lowest_rows():
-    c = case(rows=200, topk=50, layout=[(0, 2)])
+    c = case(heads=16, width=32, rows=200, topk=50, layout=[(0, 2)])
     c.q[:] = 0
     c.visible[:] = torch.tensor([200, 70])
     score, index = found(c)

@@ -81,7 +81,7 @@ def _e2m1(code):
 @triton.jit
 def _weighted(product, weight, H: tl.constexpr, HEADS: tl.constexpr):
     """sum_h weight_h relu(product_h), [N] of [N, H]; NaN stays NaN."""
-    product = tl.where(product < 0, 0.0, product) * weight[None, :]
+    product = tl.where(product < 0, 0.0, product) * weight[None, :]  # a maximum would lose NaN on a device
     if H < HEADS:  # what stands for no head is 0, though the key were infinite
         product = tl.where((tl.arange(0, HEADS) < H)[None, :], product, 0.0)
     return tl.sum(product, axis=1)
