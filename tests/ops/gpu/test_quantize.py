@@ -120,6 +120,16 @@ def test_every_form_at_once_is_each_form_alone():
         assert all(torch.equal(alone[i], together[i]) for i in places)
 
 
+def test_scales_side_by_side_for_a_tile_of_tokens():
+    x = drawn(17, 1300, seed=7).to(DEVICE)
+    codes, scale = quantized_rows(x)
+    made = prepared_rows(x, columns=True)
+    assert made.scale_MG is None
+    assert torch.equal(made.codes_MP, codes)
+    assert made.scale_GM.shape == (11, 32)
+    assert same_bits(made.scale_GM[:, :17].t(), scale)
+
+
 def test_no_rows_no_channels_and_rows_apart():
     assert [t.shape for t in quantized_rows(torch.empty(0, 200, device=DEVICE))] == [(0, 256), (0, 2)]
     assert [t.shape for t in quantized_rows(torch.empty(2, 0, device=DEVICE))] == [(2, 0), (2, 0)]
