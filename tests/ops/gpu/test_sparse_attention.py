@@ -79,8 +79,10 @@ def held_to_definition(args, tolerance):
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("name", FORMATS)
-def test_window_and_pages(name, capability):
-    args = example(row_format=FORMATS[name])
+def test_window_and_pages(name, capability, monkeypatch):
+    if capability == 80:  # queries that a program keeps
+        monkeypatch.setattr(module, "PROGRAMS", 0)
+    args = example([(3, 300, 2), (2, 77, 1)], FORMATS[name])
     with kernels(attention, capability):
         found = attention(*args)
     assert rms(found, attention.definition(*args)) < TOLERANCE[name]
@@ -198,16 +200,16 @@ def test_parts_far_apart_do_not_overflow(gap):
 
 FORMS = {
     "whole": {"PROGRAMS": 0, "SEGMENT": 16},
-    "leaves": {"PROGRAMS": 1 << 20, "SEGMENT": 4},
-    "runs": {"PROGRAMS": 0, "SEGMENT": 4},
-    "a few tokens at once": {"PROGRAMS": 0, "SEGMENT": 4, "WORKSPACE_BYTES": 1 << 17},
+    "leaves": {"PROGRAMS": 1 << 20, "SEGMENT": 2},
+    "runs": {"PROGRAMS": 0, "SEGMENT": 2},
+    "a few tokens at once": {"PROGRAMS": 0, "SEGMENT": 2, "WORKSPACE_BYTES": 1 << 17},
 }
 
 
 @pytest.mark.parametrize("name", ["fp8", "f32"])
 def test_a_token_has_the_same_bits_in_every_form_and_company(name, monkeypatch):
     """Leaves that are programs, runs, several workspaces: of one number of leaves to a run all are the same."""
-    args = example([(1, 600, 1), (2, 40, 2)], FORMATS[name], heads=2)
+    args = example([(1, 500, 1), (2, 40, 1)], FORMATS[name], heads=2)
     found = {}
     for form, sizes in FORMS.items():
         for size, value in sizes.items():
@@ -215,11 +217,11 @@ def test_a_token_has_the_same_bits_in_every_form_and_company(name, monkeypatch):
         with kernels(attention):
             found[form] = attention(*args)
             if form in ("leaves", "runs"):
-                for t in range(3):
+                for t in range(2):
                     assert same_bits(attention(*cut(args, t, t + 1)), found[form][t : t + 1])
         monkeypatch.undo()
     assert rms(found["whole"], attention.definition(*args)) < TOLERANCE[name]
-    assert rms(found["leaves"], found["whole"]) < 1e-6  # runs of 4 leaves join otherwise than runs of 16
+    assert rms(found["leaves"], found["whole"]) < 1e-6  # runs of 2 leaves join otherwise than runs of 16
     for form in ("runs", "a few tokens at once"):
         assert same_bits(found[form], found["leaves"])
 

@@ -1,9 +1,9 @@
 """Attention by Triton: weights of keys first, then their sums of values, for 64 heads at once.
 
 Keys are cut into leaves, and SEGMENT leaves are one run: the sums of a run's leaves join in order, then those of the
-runs.  Where that makes too few programs (a decode step), each leaf is a program, and a last kernel joins what they
-leave, in the same order.  Where all keys are one run, its programs finish by themselves.  Rows are read where they are
-stored, through page tables and rings; tables and indices stay on the device, so what is launched is known from shapes.
+runs.  Where that makes too few programs (a decode step), each leaf has programs of its own, and a last kernel joins
+what they leave, in the same order.  Where all keys are one run, its programs finish by themselves.  Rows are read where
+they are stored, through page tables and rings, whose numbers stay on the device: what is launched is known from shapes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ LOG2_E = 1.4426950408889634
 VARIANTS = {
     "wide": Variant("wide", {"KEYS": 64, "BLOCK_C": 128}, warps=8, stages=1),
     "narrow": Variant("narrow", {"KEYS": 64, "BLOCK_C": 64}, warps=8, stages=1),
-    "float32": Variant("float32", {"KEYS": 32, "BLOCK_C": 64}, warps=8, stages=1),
+    "float32": Variant("float32", {"KEYS": 16, "BLOCK_C": 64}, warps=8, stages=1),
 }
 _HEAD = Variant("head", {}, warps=4, stages=2)
 
@@ -104,10 +104,10 @@ def _attend(
     told = [_part(source, index_TK, q_THC) for source, index_TK in parts]
     if len({part.format for part in told if part.format}) > 1:  # a kernel reads one
         told[1:] = [_decoded(source, index_TK, C) for source, index_TK in parts[1:]]
-    weighing, gathering = (_variant(kernel, target, narrow, C) for kernel in ("weigh", "gather"))
-    keys, block_h = weighing.constants["KEYS"], min(64, gpu.pow2(H, 16))
+    keys, block_h = VARIANTS["wide" if narrow else "float32"].constants["KEYS"], min(64, gpu.pow2(H, 16))
     leaves = max(1, sum(gpu.cdiv(part.index_TK.shape[1], keys) for part in told))
-    run = 1 if leaves >= 4 and T * leaves <= PROGRAMS else SEGMENT
+    run = 1 if T * leaves <= PROGRAMS else SEGMENT
+    weighing, gathering = (_variant(kernel, target, narrow, C, run) for kernel in ("weigh", "gather"))
     runs, blocks, chunks = gpu.cdiv(leaves, run), gpu.cdiv(H, block_h), gpu.cdiv(C, gathering.constants["BLOCK_C"])
     writes = PARTIAL if runs > 1 else PART if finish is None else FINISHED
     sink, turn = (None, None) if finish is None else _finishing(*finish)
@@ -130,7 +130,7 @@ def _attend(
         if run > 1:
             run_top, run_mass = torch.empty(2, tokens, runs, H, device=where).unbind()
     kinds, arguments = _told(told)
-    shape = {"H": H, "C": C, "NARROW": narrow}
+    shape: dict[str, Any] = {"H": H, "C": C, "NARROW": narrow}
     constants = {
         **kinds, **shape, "RUN": run, "BLOCK_H": block_h, "HAS_FP8": target.has_fp8, "UPCAST": target.interpreted,
     }  # fmt: skip
@@ -155,10 +155,12 @@ def _attend(
     return out, lse
 
 
-def _variant(kernel: str, target: gpu.Target, narrow: bool, C: int) -> Variant:
-    # On Blackwell queries and a wide chunk of rows are a few registers too many.
-    default = "float32" if not narrow else "narrow" if kernel == "weigh" and target.capability == 100 else "wide"
-    chosen = gpu.chosen(kernel, f"C={C}", VARIANTS, default, target)
+def _variant(kernel: str, target: gpu.Target, narrow: bool, C: int, run: int) -> Variant:
+    default = "wide" if narrow else "float32"
+    # Where a program holds a token's queries, the compiler wants few other registers on these.
+    if narrow and kernel == "weigh" and run > 1 and target.capability not in (80, 90):
+        default = "narrow"
+    chosen = gpu.chosen(kernel, f"C={C},leaves{'=1' if run == 1 else '>1'}", VARIANTS, default, target)
     width = min(chosen.constants["BLOCK_C"], gpu.pow2(C, 16))
     return chosen._replace(constants={**chosen.constants, "BLOCK_C": width})
 

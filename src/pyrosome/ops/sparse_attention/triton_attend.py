@@ -115,9 +115,11 @@ def weigh(
     head = tl.program_id(2) * BLOCK_H + tl.arange(0, BLOCK_H)
     inner = tl.arange(0, KEYS)
     held = ()
-    if RUN > 1:
+    HELD: tl.constexpr = (RUN > 1) and NARROW  # float32 queries are too large to be kept
+    if HELD:
         for j in tl.static_range(CHUNKS):
-            held = held + (_query(q_ptr, token, head, j * BLOCK_C, H, C, NARROW, BLOCK_C, UPCAST),)  # noqa: RUF005
+            part = _query(q_ptr, token, head, j * BLOCK_C, H, C, NARROW, BLOCK_C, UPCAST)
+            held = held + (part,)  # type: ignore[assignment]  # noqa: RUF005 - Triton's language has no stars
     first, edge = tl.program_id(1) * RUN, (a_K + KEYS - 1) // KEYS
     # To the last leaf of the run that has a key.
     key = first * KEYS + tl.arange(0, RUN * KEYS)
@@ -149,7 +151,7 @@ def weigh(
                 data_ptr, wide_ptr, scale_ptr, own_ptr, place, own, j * BLOCK_C, C, NOPE, FORMAT, HAS_OWN, NARROW,
                 BLOCK_C, HAS_FP8, UPCAST,
             )  # fmt: skip
-            q = held[j] if RUN > 1 else _query(q_ptr, token, head, j * BLOCK_C, H, C, NARROW, BLOCK_C, UPCAST)
+            q = held[j] if HELD else _query(q_ptr, token, head, j * BLOCK_C, H, C, NARROW, BLOCK_C, UPCAST)
             score = product(q, tl.trans(rows), score, NARROW, UPCAST)
         score = tl.where((index >= 0)[None, :], score, float("-inf"))
         top = tl.maximum(tl.max(score, 1), LOWEST) * scale
