@@ -1,4 +1,4 @@
-"""Where kernels are interpreted, every launch of these tests is watched."""
+"""Where kernels are interpreted, every launch of these tests is watched, but for those marked `unwatched`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from tests.ops.gpu.watched import launches_watched
 
 
 @pytest.fixture(autouse=True)
-def watched() -> Iterator[None]:
-    with launches_watched() if DEVICE.type == "cpu" else contextlib.nullcontext():
+def watched(request) -> Iterator[None]:
+    is_watched = DEVICE.type == "cpu" and request.node.get_closest_marker("unwatched") is None
+    with launches_watched() if is_watched else contextlib.nullcontext():
         yield
