@@ -82,6 +82,7 @@ class Row(NamedTuple):
     position: int  # of the token that is chosen
 
 
+@torch.inference_mode()  # a kernel without gradients is passed over while they are on
 def choose_all(rows: Sequence[Row]) -> list[Choice | Exception]:
     """One choice per row.  What goes wrong with a row is its value: the others are chosen as if it were not there."""
     chosen: dict[int, Choice | Exception] = {}
@@ -92,6 +93,7 @@ def choose_all(rows: Sequence[Row]) -> list[Choice | Exception]:
     return [chosen[i] if i in chosen else _choose(row) for i, row in enumerate(rows)]
 
 
+@torch.inference_mode()
 def draw_draft(logits_V: Tensor, state: SamplerState, position: int) -> int:
     """A drafter's token for `position`, drawn with the noise that the target's will be drawn with."""
     params = state.params
