@@ -12,10 +12,13 @@ import torch
 from torch import Tensor
 
 from pyrosome.engine.loaded import LoadedModel, load_model
+from pyrosome.engine.request import Request
 from pyrosome.ops import gpu, native
 from pyrosome.ops.seam import OPS, use
+from pyrosome.options import EngineOptions, SamplingParams
 from pyrosome.quant.tiles import TiledWeight
 from pyrosome.testing.on_meta import every_kernel
+from tests.engine.engines import run
 from tests.golden.vectors import GOLDEN, assert_logits, ids, vectors
 from tests.ops.gpu.held import CAPABILITIES, DEVICE, rms, same_bits
 
@@ -79,6 +82,22 @@ def test_sequences_beside_each_other_are_as_alone():
     with by_definitions():
         wanted = model.logits(tokens[: BEFORE + 1])[-1:], model.logits(tokens[40:96])[-3:]
     assert all(rms(found, w) < 1e-2 for found, w in zip(both, wanted, strict=True))
+
+
+def test_an_engine_says_what_it_says_by_the_definitions():
+    """Greedy and drawn tokens, chosen on the device; drafts, penalties and log probabilities."""
+    model, prompt = stored("fp8fp4"), tuple(ids("fp8fp4")[:4])
+    asked = [
+        Request("greedy", prompt, SamplingParams(max_tokens=3, temperature=0, ignore_eos=True)),
+        Request("drawn", prompt[:2], SamplingParams(max_tokens=2, temperature=0.8, top_p=0.9, seed=7, ignore_eos=True)),
+        Request("told", prompt[1:], SamplingParams(max_tokens=1, temperature=0, logprobs=2, presence_penalty=1.0)),
+    ]
+    said = []
+    for choose in (by_definitions, every_kernel):
+        engine = model.engine(EngineOptions(cache_bytes=8 << 20, drafter="mtp"))
+        with choose():
+            said.append({who: (found.tokens, found.end.reason) for who, found in run(engine, asked).items()})
+    assert said[0] == said[1] and sorted(len(tokens) for tokens, _ in said[0].values()) == [1, 2, 3]
 
 
 def read(model: LoadedModel, tokens: list[int], cuts: Iterable[int] = (), *, capability: int = 90) -> Tensor:
