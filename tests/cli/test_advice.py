@@ -171,7 +171,7 @@ def test_experts_that_a_gpu_has_no_room_for_are_told_where_they_are():
 def test_rows_in_host_memory_that_give_a_longer_context_are_told():
     def plan(ram):
         here = dataclasses.replace(planned("h200:1", ram=ram), is_here=True)
-        here = dataclasses.replace(here, device=dataclasses.replace(here.device, memory_bytes=154 * GIB))
+        here = dataclasses.replace(here, device=dataclasses.replace(here.device, memory_bytes=157 * GIB))
         return told(here)
 
     rich, bare = plan("512G"), plan(None)

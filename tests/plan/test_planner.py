@@ -154,7 +154,9 @@ def less(change) -> Asked:
         case "prefilling":
             return dataclasses.replace(a, prefilling=a.prefilling + 1)
         case "sessions":
-            return dataclasses.replace(a, sessions=a.sessions + 1)
+            # Where all of them read prompts, so would one more.
+            prompts = a.prefilling + 1 if a.prefilling == a.sessions > 1 else a.prefilling
+            return dataclasses.replace(a, sessions=a.sessions + 1, prefilling=prompts)
         case "context":
             return dataclasses.replace(a, context=a.context + 128)
         case "ram" | "csa_host":
@@ -254,7 +256,7 @@ def test_plans_with_experts_elsewhere_go_after_those_without():
         rate = {"tp": 30.0, "cp": 20.0, "dp": 10.0}.get(layout.mode, 40.0)
         return dataclasses.replace(s, total_tok_s=dataclasses.replace(s.total_tok_s, mid=rate))
 
-    plans = make_plans(asked(gpus(2, 82_400, ram=512 * GIB), context=8192), fast)
+    plans = make_plans(asked(gpus(2, 85_000, ram=512 * GIB), context=8192), fast)
     is_spread = [any("experts of each layer" in note for note in p.notes) for p in plans]
     assert all(p.fits for p in plans) and is_spread == [False, False, True, True, True]
     assert plans[2].sessions.decoding > plans[1].sessions.decoding

@@ -6,6 +6,7 @@ import pytest
 
 from pyrosome.config import ModelConfig
 from pyrosome.plan.reserve import (
+    KERNEL_BYTES,
     CpuStep,
     cpu_decode_bytes,
     cpu_prompt_bytes,
@@ -25,7 +26,7 @@ FP8 = CpuStep("fp8", "trained", 3, True)
 def test_the_bound_is_above_the_tensors_of_the_cpu_kernels_and_not_far(tokens, context):
     measured = prompt_step(FLASH, tokens, context, kv_format="fp8", has_drafts=True, num_drafts=3).tensor_bytes
     scores = 4 * 256 * context // 4  # which those kernels do not keep
-    assert measured < step_bytes(FLASH, tokens, context, 4) < 1.15 * measured + scores
+    assert measured < step_bytes(FLASH, tokens, context, 4) < 1.15 * measured + scores + KERNEL_BYTES
 
 
 def test_the_bound_follows_tokens_elements_and_ranks():

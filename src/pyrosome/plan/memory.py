@@ -27,7 +27,7 @@ from pyrosome.plan.rows import Cache, Parked, parked, snapshot_bytes
 from pyrosome.plan.shards import Ledger, ledger, stages, weight_bytes
 
 GPU_STEP_TOKENS, CPU_STEP_TOKENS = 8192, 2048
-ELEMENT_BYTES = 2  # of an activation on an accelerator
+ELEMENT_BYTES = 4  # of an activation on an accelerator: kernels keep float32 between operations
 MAX_DRAFTS = 3  # tokens drafted at once, where the checkpoint has a head that is loaded
 CSA_ROWS = "csa_kv"
 SNAPSHOTS = 4  # copies of its state that a session keeps: the ends of its last turns

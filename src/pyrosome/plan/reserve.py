@@ -1,8 +1,8 @@
 """What a device needs beside weights and rows: a step's own numbers, the driver's, the operating system's.
 
-On a CPU a step's own numbers are those of `plan.workspace`.  What a step takes on a GPU is up to kernels to come, so
-the formula here is an upper bound of its tensors by phases: residual streams are there throughout, and beside them
-either attention's numbers or the experts'.
+On a CPU a step's own numbers are those of `plan.workspace`.  On a GPU the formula here is an upper bound of a step's
+tensors by phases: residual streams are there throughout, and beside them either attention's numbers or the experts'.
+It is held to what V4-Flash's steps allocate on the meta device, where kernels are not run and shapes are all there is.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ LINK_BYTES = GIB // 4  # buffers of collective operations, where there are sever
 # The operating system, a server and the Python process with torch, as `serve` leaves aside on a CPU too.
 HOST_BYTES = 2 * GIB
 RANK_HOST_BYTES = GIB  # of host memory for each accelerator: its driver's own, and buffers that transfers go through
+KERNEL_BYTES = 32 << 20  # of partial sums, which few tokens have as many of
 SCORE_TOKENS = 256  # tokens whose index scores over the whole history are there at once
 CHOICE_BYTES = 12  # a chosen row's score and number, which every CSA layer keeps to the end of the step
 ROUNDING = 8  # memory is lent in blocks up to an eighth larger than what is asked for
@@ -47,7 +48,7 @@ def step_bytes(config: ModelConfig, tokens: int, context: int, element_bytes: in
 
     Args:
         tokens: of all spans together.
-        element_bytes: of an activation: 2 on a GPU, 4 on a CPU.
+        element_bytes: of an activation.
         tensor_ranks: devices that share heads and output groups.
     """
     c = config
@@ -64,7 +65,7 @@ def step_bytes(config: ModelConfig, tokens: int, context: int, element_bytes: in
     numbers = tokens * element_bytes * (streams + max(attention, experts))
     chosen = tokens * csa_layers * min(c.index_topk, context // CSA_RATIO) * CHOICE_BYTES
     scores = 4 * min(tokens, SCORE_TOKENS) * (context // CSA_RATIO) if index else 0
-    return numbers + numbers // ROUNDING + chosen + scores
+    return numbers + numbers // ROUNDING + chosen + scores + KERNEL_BYTES
 
 
 def _compressed_width(config: ModelConfig, ratio: int) -> int:

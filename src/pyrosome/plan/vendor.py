@@ -32,6 +32,7 @@ GIB = 1 << 30
 MEMORY_SHARE = 0.90  # of a GPU that the vendor gives to weights and rows
 RESERVE_BYTES = 5 * GIB // 2  # and takes off again, for everything else
 CONTEXT, BATCHED_TOKENS = 1_048_576, 8192  # of the tables, and what vLLM prefills at once
+STEP_TOKENS = 2048  # of a prompt that this engine computes at once
 STAGES = {"native": 1, "w4a16": 0, "bf16": 0}  # draft stages in the checkpoints of the tables
 
 PAGE_UNIT = 576  # bytes that every page is rounded up to
@@ -43,8 +44,9 @@ CSA_STATE, HCA_STATE = 8, 128  # tokens that the compressors look back on
 WINDOW_GROUPS = 2  # that the windows of all layers are put into, so that a block has a page for each layer of a group
 
 BASIS = (
-    "ours: FP8 rows and FP4 index keys in whole pages, memory as the driver reports it, one prompt computed at a time, "
-    "all experts on the GPUs; what `pyrosome plan --mode` says of a mode holds here too"
+    "ours: FP8 rows and FP4 index keys in whole pages, memory as the driver reports it, one prompt computed at a time "
+    "in steps of 2,048 tokens, all experts on the GPUs; what `pyrosome plan --mode` says of a mode and such steps holds "
+    "here too"
 )
 
 
@@ -155,7 +157,7 @@ def report() -> dict[str, Any]:
 
 def _ours(model: Model, there: Machine) -> dict[str, int]:
     """Sessions of the tables' context that the engine's own inventory finds room for, one of them prefilling."""
-    asked = Asked(model, there, context=CONTEXT)
+    asked = Asked(model, there, context=CONTEXT, step_tokens=STEP_TOKENS)
     layouts = (Layout.of(mode, there.count) for mode in MODES)
     return {x.mode: most_sessions(asked, x, Placement()) for x in layouts if not x.why_not(model.config)}
 

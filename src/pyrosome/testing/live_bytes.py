@@ -32,10 +32,10 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         fresh = func is torch.ops.aten.lift_fresh.default  # made of numbers of Python, by no operation before this one
-        given = set() if fresh else {t.untyped_storage().data_ptr() for t in _tensors((args, kwargs))}
+        given = set() if fresh else {_place(t.untyped_storage()) for t in _tensors((args, kwargs))}
         for tensor in _tensors(out):
             storage = tensor.untyped_storage()
-            if storage.nbytes() and storage.data_ptr() not in given and not self._is_known(storage.data_ptr()):
+            if storage.nbytes() and _place(storage) not in given and not self._is_known(_place(storage)):
                 self._count(storage)
         return out
 
@@ -44,8 +44,8 @@ class LiveBytes(TorchDispatchMode):
         return any(begin <= address < end for begin, end in self._ends.items())
 
     def _count(self, storage: torch.UntypedStorage) -> None:
-        begin, size = storage.data_ptr(), storage.nbytes()
-        self._ends[begin] = begin + size
+        begin, size = _place(storage), storage.nbytes()
+        self._ends[begin] = begin + (size if storage.device.type != "meta" else 1)
         self.now += size
         self.made += size
         self.peak = max(self.peak, self.now)
@@ -54,6 +54,11 @@ class LiveBytes(TorchDispatchMode):
     def _forget(self, begin: int, size: int) -> None:
         del self._ends[begin]
         self.now -= size
+
+
+def _place(storage: torch.UntypedStorage) -> int:
+    """Where a storage begins; one without bytes (on the meta device) has the number of its own that torch gives it."""
+    return storage.data_ptr() if storage.device.type != "meta" else storage._cdata
 
 
 def _tensors(value: Any) -> list[Tensor]:
