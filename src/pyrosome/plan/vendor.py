@@ -45,8 +45,8 @@ WINDOW_GROUPS = 2  # that the windows of all layers are put into, so that a bloc
 
 BASIS = (
     "ours: FP8 rows and FP4 index keys in whole pages, memory as the driver reports it, one prompt computed at a time "
-    "in steps of 2,048 tokens, all experts on the GPUs; what `pyrosome plan --mode` says of a mode and such steps holds "
-    "here too"
+    "in steps of 2,048 tokens, all experts on the GPUs; what `pyrosome plan --mode` says of a mode and such steps "
+    "holds here too"
 )
 
 
