@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pyrosome.engine import sampler
-from pyrosome.engine.sampler import LEAST_REPEATED, LONGEST_PASSAGE, Choice, Row, SamplerState, choose_all, draw_draft
+from pyrosome.engine.sampler import LEAST_REPEATED, LONGEST_PASSAGE, Choice, Row, SamplerState, choose_all, draw_drafts
 from pyrosome.errors import EngineError
 from pyrosome.ops.sample import sample
 from pyrosome.options import SamplingParams
@@ -142,7 +142,17 @@ def test_no_rows_no_choices():
 def test_a_drafter_that_has_the_target_s_logits_draws_the_target_s_token(params):
     for position in range(30):
         r = row(logits_of(200, position), params, position=position, output=[4, 5, 5])
-        assert draw_draft(r.logits_V, r.state, position) == choose_all([r])[0].token
+        assert draw_drafts(r.logits_V[None], [r.state], [position]) == [choose_all([r])[0].token]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("filters", [{}, {"top_p": 0.5}, {"top_k": 3}, {"min_p": 0.1}, {"temperature": 0}], ids=str)
+def test_a_drafter_s_logits_may_be_anything(value, filters):
+    """Its token is then any: the others of the step are drawn, and the target's choice is what counts."""
+    logits = torch.stack([torch.full((9,), value), logits_of(9, 1)])
+    states = [SamplerState(SamplingParams(**filters), [], 5) for _ in logits]
+    odd, usual = draw_drafts(logits, states, [7, 7])
+    assert odd in range(9) and [usual] == draw_drafts(logits[1:], states[1:], [7])
 
 
 def test_tokens_are_counted_where_a_penalty_asks_for_them():

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pyrosome.engine.sampler import Row, SamplerState, choose_all, draw_draft
+from pyrosome.engine.sampler import Row, SamplerState, choose_all, draw_drafts
 from pyrosome.engine.speculate import Depth, PromptLookup, StepCost, resolve_drafter
 from pyrosome.errors import RequestError
 from pyrosome.options import SamplingParams
@@ -53,7 +53,7 @@ def head(depth):
     def draft(ids, state):
         out = []
         for _ in range(depth if depth is not None else (5 * len(ids)) % 7):
-            out.append(draw_draft(HEAD[place(ids + out)], state, len(ids) + len(out)))
+            out += draw_drafts(HEAD[place(ids + out)][None], [state], [len(ids) + len(out)])
         return out
 
     return draft

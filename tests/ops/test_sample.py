@@ -170,6 +170,13 @@ def test_at_least_one_token_remains(filters, temperature):
         assert probs.max() == 1
 
 
+@pytest.mark.parametrize("filters", [{}, {"top_p": 0.5}, {"top_k": 2}, {"min_p": 0.1}], ids=str)
+@pytest.mark.parametrize("logits", [[0.0, NAN, 1.0], [-INF] * 3, [0.0, INF, 1.0]], ids=str)
+def test_there_is_no_distribution_of_what_is_no_number(logits, filters):
+    with pytest.raises(EngineError, match=r"the logits hold (nan|inf|-inf): there are no probabilities"):
+        distribution(torch.tensor(logits), SamplingParams(**filters))
+
+
 def test_impossible_tokens_are_never_left():
     probs = distribution(torch.tensor([-INF, 0.0, -INF, 0.0]), SamplingParams(temperature=100.0, top_k=3, top_p=0.999))
     assert probs.tolist() == [0.0, 0.5, 0.0, 0.5]
@@ -418,6 +425,24 @@ def test_a_mask_is_applied_after_penalties_and_before_filters(temperature):
         assert found == (1, {})
         params = SamplingParams(temperature=temperature, top_k=1, presence_penalty=2.0)
         assert sample(logits, params, {}, {1: 1}, 0, position, mask)[0] == 2
+
+
+class Elsewhere:
+    """A mask on another device than the logits: it can only be taken to theirs."""
+
+    def __init__(self, mask_V):
+        self.mask_V = mask_V
+
+    def to(self, device):
+        assert device == self.mask_V.device
+        return self.mask_V
+
+
+def test_a_mask_may_be_on_another_device():
+    mask = Elsewhere(torch.arange(5) == 3)
+    assert sample(noise(5), SamplingParams(), {}, {}, 4, 0, mask)[0] == 3
+    with pytest.raises(EngineError, match="0 of 5 ids allowed"):
+        sample(noise(5), SamplingParams(), {}, {}, 4, 0, Elsewhere(torch.zeros(5, dtype=torch.bool)))
 
 
 def test_a_mask_renormalises_what_it_leaves():

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence as Items
 
 from pyrosome.engine.runner import Forward, Runner, Sequence
-from pyrosome.engine.sampler import draw_draft
+from pyrosome.engine.sampler import draw_drafts
 from pyrosome.engine.speculate import Depth, PromptLookup, StepCost, resolve_drafter
 from pyrosome.engine.track import Completion
 from pyrosome.options import EngineOptions
@@ -66,9 +66,11 @@ class HeadDrafter(Drafter):
                 at = [(served[b][0], served[b][0].track.length + depth - 1) for b in going]
                 deeper = [(c.sequence, position, c.drafts[-1]) for c, position in at]
                 logits_BV, streams_BJD = self.runner.draft_deeper(deeper, streams_BJD[stay])
-            for i, b in enumerate(going):
-                c = served[b][0]
-                c.drafts.append(draw_draft(logits_BV[i], c.sampler, len(c.track.ids) + depth))
+            drafting = [served[b][0] for b in going]
+            ahead = [len(c.track.ids) + depth for c in drafting]
+            drafts = draw_drafts(logits_BV, [c.sampler for c in drafting], ahead)
+            for c, draft in zip(drafting, drafts, strict=True):
+                c.drafts.append(draft)
 
     @staticmethod
     def _span(c: Completion, start: int, depth: int) -> tuple[Sequence | None, int, list[int]]:

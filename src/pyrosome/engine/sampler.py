@@ -94,19 +94,25 @@ def choose_all(rows: Sequence[Row]) -> list[Choice | Exception]:
 
 
 @torch.inference_mode()
-def draw_draft(logits_V: Tensor, state: SamplerState, position: int) -> int:
-    """A drafter's token for `position`, drawn with the noise that the target's will be drawn with."""
+def draw_drafts(logits_BV: Tensor, states: Sequence[SamplerState], positions: Sequence[int]) -> list[int]:
+    """A drafter's tokens for these positions, drawn with the noise that the target's will be drawn with."""
+    tokens = [-1] * len(states)
+    if (plain := [i for i, s in enumerate(states) if s.is_plain]) and _has_kernel(logits_BV):
+        found = _tokens(logits_BV[plain], [states[i] for i in plain], [positions[i] for i in plain])
+        for i, token in zip(plain, found, strict=True):
+            tokens[i] = token
+    rows = zip(tokens, logits_BV, states, positions, strict=True)
+    return [token if token >= 0 else _draw_draft(*row) for token, *row in rows]
+
+
+def _draw_draft(logits_V: Tensor, state: SamplerState, position: int) -> int:
     params = state.params
-    if state.is_plain and _has_kernel(logits_V):
-        (token,) = _tokens(logits_V[None], [state], [position])
-        if token >= 0:
-            return token
-    if state.is_plain_greedy:
+    if not state.is_plain_greedy:
+        logits_V = adjust_logits(logits_V, params, state.prompt_counts, state.output_counts)
+    # A drafter's logits may be anything, and its token then any: it is checked as all are.
+    if params.temperature == 0 or not torch.isfinite(logits_V.max()):
         return first_argmax(logits_V)
-    adjusted_V = adjust_logits(logits_V, params, state.prompt_counts, state.output_counts)
-    if params.temperature == 0:
-        return first_argmax(adjusted_V)
-    return race(distribution(adjusted_V, params), state.seed, position)
+    return race(distribution(logits_V, params), state.seed, position)
 
 
 def _choose(row: Row) -> Choice | Exception:

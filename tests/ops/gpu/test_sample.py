@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pyrosome.engine import sampler
-from pyrosome.engine.sampler import Row, SamplerState, choose_all, draw_draft
+from pyrosome.engine.sampler import Row, SamplerState, choose_all, draw_drafts
 from pyrosome.errors import EngineError
 from pyrosome.ops.sample import sample
 from pyrosome.ops.sample.batch import choose_tokens
@@ -215,18 +215,33 @@ def test_the_engine_s_sampler_takes_the_kernel_where_nothing_else_is_asked(monke
     with kernels(choose_tokens):
         assert told(choose_all(rows_of(logits, *params))) == wanted
         assert asked == [6]
-        mask = torch.arange(60, device=DEVICE) % 2 == 0
+        mask = torch.arange(60) % 2 == 0  # made on the CPU, as grammars make them
         masked = told(choose_all(rows_of(logits[:1], SamplingParams(), mask=mask)))
         assert asked == [6] and masked[0].token % 2 == 0
         assert choose_all([]) == []
     assert isinstance(choose_all(rows_of(logits.cpu(), *params))[3], EngineError)
 
 
-def test_drafts_are_drawn_by_the_kernel_too():
+def test_drafts_are_drawn_by_the_kernel_too(monkeypatch):
     logits = noise(4, 70)
-    for params in (SamplingParams(temperature=0), SamplingParams(top_p=0.7), SamplingParams(presence_penalty=1.0)):
-        state = SamplerState(params, [], 5)
-        wanted = [draw_draft(row, state, 30) for row in logits.cpu()]
-        with kernels(choose_tokens):
-            assert [draw_draft(row, state, 30) for row in logits] == wanted
-            assert params.top_p < 1 or draw_draft(torch.full((9,), NAN, device=DEVICE), state, 0) in range(9)
+    logits[1, 3] = NAN
+    params = (
+        SamplingParams(temperature=0),
+        SamplingParams(top_p=0.7),
+        SamplingParams(presence_penalty=1.0),
+        SamplingParams(top_p=0.7),
+    )
+    states, positions = [SamplerState(p, [], 5) for p in params], [30, 31, 32, 33]
+    states[2].accept(7)
+    wanted = draw_drafts(logits.cpu(), states, positions)
+    asked = []
+
+    def seen(logits_NV, *of):
+        asked.append(len(logits_NV))
+        return tokens(logits_NV, *of)
+
+    tokens = sampler._tokens
+    monkeypatch.setattr(sampler, "_tokens", seen)
+    with kernels(choose_tokens):
+        assert draw_drafts(logits, states, positions) == wanted
+    assert asked == [3]

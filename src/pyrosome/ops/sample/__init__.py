@@ -32,7 +32,7 @@ def sample(
     """(token, log-probabilities): one choice, and what was asked to be reported of it.
 
     Args:
-        mask_V: bool, the ids allowed; applied after penalties, before temperature and filters.
+        mask_V: bool, the ids allowed, on any device; applied after penalties, before temperature and filters.
 
     Log-probabilities are of the model's own distribution, before penalties, mask, temperature and filters.
 
@@ -44,6 +44,7 @@ def sample(
         raise not_finite(position, best.item())
     adjusted_V = adjust_logits(logits_V, params, prompt_counts, output_counts)
     if mask_V is not None:
+        mask_V = mask_V.to(logits_V.device)
         adjusted_V = adjusted_V.masked_fill(~mask_V, float("-inf"))
     if not torch.isfinite(left := adjusted_V.max()):
         allowed = "all" if mask_V is None else f"{int(mask_V.sum())} of {mask_V.numel()}"
@@ -114,9 +115,15 @@ def distribution(logits_V: Tensor, params: SamplingParams) -> Tensor:
     """Probabilities to sample from, float64 [V]: temperature, then top-k, top-p and min-p, renormalised.
 
     Ties at the edge of top-k and top-p go to the lowest id.  At least one token always remains.
+
+    Raises:
+        EngineError: the greatest logit is no finite number.
     """
     scaled_V = logits_V.to(torch.float64, copy=True)
-    scaled_V.sub_(scaled_V.max()).div_(params.temperature)  # shifted first: a tiny temperature overflows
+    greatest = float(scaled_V.max())
+    if not math.isfinite(greatest):
+        raise EngineError(f"the logits hold {greatest}: there are no probabilities to draw from")
+    scaled_V.sub_(greatest).div_(params.temperature)  # shifted first: a tiny temperature overflows
     probs_V = scaled_V.softmax(-1)
     if not 0 < params.top_k < probs_V.numel() and params.top_p == 1 and params.min_p == 0:
         return probs_V
