@@ -57,7 +57,6 @@ def _best_rows(
     A block's K best are at its place of [tokens, blocks x K]; where there are fewer, -1 and -inf follow.
     """
     t = tl.program_id(0).to(tl.int64)
-    stride = tl.multiple_of(stride, 16)
     score_ptr += t * stride
     end = width
     if index_ptr is not None:

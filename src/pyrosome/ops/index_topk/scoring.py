@@ -23,10 +23,11 @@ PAGE_ROWS = 64  # rows of a page of a cache (`cache.streams`)
 TOKENS = 64  # most tokens of a program
 GROUP = tl.constexpr(32)  # channels that share a scale
 PROGRAMS = 512  # enough for any device; more tokens to a program then spare it decoding keys
-# A warp has as many rows and heads in both: so the sum over heads is in one order.
+# A warp has as many rows and heads in both: so the sum over heads is in one order.  Of three stages the queries after
+# next are on their way while a token's are multiplied; of two, the next would be asked for when they are done.
 VARIANTS = {
     "128": Variant("128", {"BLOCK_N": 128}, warps=8, stages=3),
-    "256": Variant("256", {"BLOCK_N": 256}, warps=16, stages=2),
+    "256": Variant("256", {"BLOCK_N": 256}, warps=16, stages=3),
 }
 _FLOATS = Variant("floats", {"BLOCK_N": 32}, warps=4, stages=1)
 _MOST_TILES = 65535  # of a grid, along its second side
@@ -35,7 +36,7 @@ _SPLIT = Variant("split", {}, warps=8, stages=1)
 
 @gpu.jit
 def _split_queries(
-    q_ptr, parts_ptr, num_parts_ptr, first, part_stride, SIZE: tl.constexpr, BLOCK: tl.constexpr, UPCAST: tl.constexpr
+    q_ptr, parts_ptr, num_parts_ptr, first, num_tokens, SIZE: tl.constexpr, BLOCK: tl.constexpr, UPCAST: tl.constexpr
 ):
     """A token's query as a sum of up to three in bfloat16, and how many; where the first is all of it, no others."""
     t = tl.program_id(0).to(tl.int64)
@@ -44,6 +45,7 @@ def _split_queries(
     high = device.round_bf16(x)
     rest = tl.where(tl.abs(high) < float("inf"), x - high, 0.0)  # nothing is left of what is not finite
     out_ptr = parts_ptr + t * SIZE + at
+    part_stride = tl.cast(num_tokens, tl.int64) * SIZE
     tl.store(out_ptr, device.narrow(high, UPCAST), mask=at < SIZE)
     num_parts = 1
     if tl.max(tl.abs(rest)) > 0:
@@ -90,7 +92,7 @@ def _weighted(product, weight, H: tl.constexpr, HEADS: tl.constexpr):
 @gpu.jit
 def _scores(
     q_ptr, parts_ptr, num_parts_ptr, rows_ptr, scales_ptr, table_ptr, span_ptr, weight_ptr, visible_ptr, out_ptr,
-    first, num_tokens, each, first_row, end_row, span_rows, part_stride, out_stride,
+    first, num_tokens, each, first_row, end_row, span_rows, out_stride,
     FORMAT: tl.constexpr, H: tl.constexpr, C: tl.constexpr, HEADS: tl.constexpr, CHANNELS: tl.constexpr,
     ROW: tl.constexpr, SCALES: tl.constexpr, PAGE: tl.constexpr, TOKENS: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -148,6 +150,7 @@ def _scores(
                 loaded = inside[:, None] & (channel < C)[None, :]
                 rows = tl.load(rows_ptr + place[:, None] * ROW + channel[None, :], mask=loaded, other=0.0)
             for j in tl.range(t, stop):
+                part_stride = tl.cast(num_tokens, tl.int64) * (H * C)
                 q_j = parts_ptr + tl.cast(j, tl.int64) * (H * C) + q_at
                 q = tl.load(q_j, mask=q_inside, other=0.0)
                 num_parts = tl.load(num_parts_ptr + j)
@@ -191,7 +194,7 @@ def split(queries: Queries, first: int, last: int, target: Target) -> Queries:
     parts = queries.q_THC.new_empty(3, last - first, H, C, dtype=torch.bfloat16)
     num_parts = queries.q_THC.new_empty(last - first, dtype=torch.int32)
     gpu.launch(
-        _split_queries, (last - first,), queries.q_THC, parts, num_parts, first, parts.stride(0), SIZE=H * C,
+        _split_queries, (last - first,), queries.q_THC, parts, num_parts, first, last - first, SIZE=H * C,
         BLOCK=gpu.pow2(H * C), UPCAST=target.interpreted, variant=_SPLIT,
     )  # fmt: skip
     return queries._replace(parts=parts, num_parts=num_parts)
@@ -206,11 +209,10 @@ def score(queries: Queries, keys: Keys, out: Tensor, tokens: tuple[int, int], ro
     row_tiles = gpu.cdiv(high - low, variant.constants["BLOCK_N"])
     num_tokens = last - first
     each = max(1, min(TOKENS, num_tokens * row_tiles // PROGRAMS), gpu.cdiv(num_tokens, _MOST_TILES))
-    part_stride = 0 if queries.parts is None else queries.parts.stride(0)
     gpu.launch(
         _scores, (row_tiles, gpu.cdiv(num_tokens, each)), queries.q_THC, queries.parts, queries.num_parts, keys.rows,
         keys.scales, keys.table_BP, keys.span_T, queries.weight_TH, queries.visible_T, out, first, num_tokens, each,
-        low, high, keys.span_rows, part_stride, out.stride(0), FORMAT=keys.format, H=H, C=C, HEADS=gpu.pow2(H, 16),
+        low, high, keys.span_rows, out.stride(0), FORMAT=keys.format, H=H, C=C, HEADS=gpu.pow2(H, 16),
         CHANNELS=gpu.pow2(C, 32), ROW=keys.rows.stride(0), SCALES=0 if keys.scales is None else keys.scales.stride(0),
         PAGE=PAGE_ROWS, TOKENS=TOKENS, UPCAST=target.interpreted, variant=variant,
         matrix="" if keys.format == "f32" else "bf16",
