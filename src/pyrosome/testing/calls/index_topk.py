@@ -18,12 +18,14 @@ from pyrosome.testing.calls import Call
 H, C, TOPK = 64, 128, 512
 RATIO = 4
 CONTEXTS = 4 << 10, 128 << 10, 1 << 20
+BETWEEN = 16 << 10, 32 << 10, 256 << 10  # where the best rows are found by blocks of other sizes
 ROW_BYTES = {"fp8": C // 2 + C // 32, "bf16": 2 * C, "f32": 4 * C}  # by the format of a cache; FP4 keys in an "fp8" one
 
 
 def calls() -> list[Call]:
     """Tokens of sequences of their own (up to 64), and prompts at the end of their context."""
     made = [_call(M, context, "fp8") for M in (1, 4, 16, 64, 512, 4096) for context in CONTEXTS]
+    made += [_call(1, context, "fp8") for context in BETWEEN]
     made += [_call(M, 4 << 10, row_format) for row_format in ("bf16", "f32") for M in (1, 512)]
     rows = 8192
     flops, num_bytes = 2 * 16 * rows * H * C, 4 * (rows * C + 16 * (H * C + H + rows))

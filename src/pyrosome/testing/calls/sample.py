@@ -12,7 +12,9 @@ from pyrosome.ops.sample.batch import choose_tokens
 from pyrosome.testing.calls import Call
 
 V = 129_280
-FILTERS = {"greedy": (), "draw": (), "top-p": ("top_p",), "all filters": ("top_k", "top_p", "min_p")}
+FILTERS = {
+    "greedy": (), "draw": (), "min-p": ("min_p",), "top-p": ("top_p",), "all filters": ("top_k", "top_p", "min_p"),
+}  # fmt: skip
 
 
 def calls() -> list[Call]:
