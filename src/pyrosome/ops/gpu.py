@@ -182,16 +182,39 @@ def jit(function: Callable[..., Any]) -> Any:
 
 @functools.cache
 def _mend_interpreter() -> None:
-    """Let loops run to numbers that a kernel has computed: arrays of one to it, by which numpy 2.4 does not count."""
+    """Let loops run to numbers that a kernel has computed, and spare every call of a helper a look through Triton.
+
+    Such numbers are arrays of one to the interpreter, by which numpy 2.4 does not count.  And it replaces the language's
+    functions by its own anew for every call of a helper, which takes longer than most helpers: once a launch will do.
+    """
     from triton.runtime import interpreter
 
-    patch = interpreter._patch_lang_tensor
+    patch_tensor, patch_language, run = (
+        interpreter._patch_lang_tensor, interpreter._patch_lang, interpreter.GridExecutor.__call__
+    )  # fmt: skip
+    replaced: set[str] = set()  # modules, in the launch that runs
 
-    def mended(tensor: Any, scope: Any) -> None:
-        patch(tensor, scope)
+    def tensor(tensor: Any, scope: Any) -> None:
+        patch_tensor(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
-    interpreter._patch_lang_tensor = mended
+    def language(function: Any) -> Any:
+        needed = {x.__name__ for x in function.__globals__.values() if inspect.ismodule(x)}
+        needed &= {"triton.language", "triton.language.core"}
+        if needed <= replaced:
+            return interpreter._LangPatchScope()
+        replaced.update(needed)
+        return patch_language(function)
+
+    def launched(self: Any, *args: Any, **options: Any) -> None:
+        replaced.clear()
+        try:
+            run(self, *args, **options)
+        finally:
+            replaced.clear()
+
+    interpreter._patch_lang_tensor, interpreter._patch_lang = tensor, language
+    interpreter.GridExecutor.__call__ = launched
 
 
 def launch(
