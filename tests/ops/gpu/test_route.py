@@ -51,7 +51,7 @@ def alike(found, wanted):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(
     ("T", "D", "E", "K"),
-    [(1, 600, 256, 6), (5, 64, 7, 3), (17, 33, 130, 6), (3, 1, 1, 1), (4, 70, 7, 7), (1, 257, 2, 1)],
+    [(1, 300, 256, 6), (5, 64, 7, 3), (17, 33, 130, 6), (3, 1, 1, 1), (4, 70, 7, 7), (1, 257, 2, 1)],
 )
 def test_it_equals_the_definition(T, D, E, K, dtype, by_id):
     args = example(T, D, E, K, dtype, by_id)
@@ -76,24 +76,24 @@ def test_ties_of_whole_rows_go_to_the_lowest_experts():
         assert run(*args)[0].tolist() == [[0, 1, 2, 3, 4, 5]] * 6
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_a_token_is_the_same_in_every_variant_and_alone(dtype):
-    T, args = 70, example(70, 2 * SEGMENT + 9, 20, 4, dtype)
-    x, gate, bias, K, scale, position = args
+def test_a_token_is_the_same_in_every_variant_and_alone():
+    """By id, so that every expert's score counts; a choice by score is made of the same bits."""
+    T, args = 66, example(66, 2 * SEGMENT + 9, 8, 8, torch.float32, by_id=True)
+    x, gate, choice, K, scale, position = args
     whole = {name: run(*args, route_products=name) for name in VARIANTS}
     for name in VARIANTS:
-        assert torch.equal(whole[name][0], whole["few"][0])
         assert alike(whole[name][1], whole["few"][1])
-        for t in (0, 33, T - 1):
-            alone = run(x[t : t + 1], gate, bias, K, scale, position[t : t + 1], route_products=name)
-            assert torch.equal(alone[0], whole[name][0][t : t + 1])
-            assert alike(alone[1], whole[name][1][t : t + 1])
+        for t in (0, T - 1):
+            here = slice(t, t + 1)
+            alone = run(x[here], gate, choice[here], K, scale, position[here], route_products=name)
+            assert alike(alone[1], whole[name][1][here])
     assert same_bits(whole["some"][1], whole["many"][1])  # one tile's shape: pieces are added as one program adds them
 
 
-def test_float32_tokens_lose_nothing_to_bfloat16_products():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_float32_tokens_lose_nothing_to_bfloat16_products(dtype):
     """Logits of magnitude 1e-3 that are sums of products near 1: a rounded token would show."""
-    x, gate, bias, K, scale, position = example(4, 64, 8, 8)
+    x, gate, bias, K, scale, position = example(4, 64, 8, 8, dtype)
     x[:, 32:], gate[:, 32:] = -x[:, :32] * (1 + 2.0**-12), gate[:, :32]
     found, wanted = run(x, gate, bias, K, scale, position), route.definition(x, gate, bias, K, scale, position)
     assert agree(found, wanted)
@@ -121,8 +121,10 @@ def test_no_tokens(by_id):
 
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_what_is_no_number_stays_in_its_token(value, dtype):
-    x, gate, bias, K, scale, position = example(3, 16, 12, 3, dtype)
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
+def test_what_is_no_number_stays_in_its_token(value, dtype, stored):
+    x, gate, bias, K, scale, position = example(3, 16, 12, 3, stored)
+    gate = gate.to(dtype)
     clean = run(x, gate, bias, K, scale, position)
     x[1, 4] = value
     found, wanted = run(x, gate, bias, K, scale, position), route.definition(x, gate, bias, K, scale, position)
@@ -139,7 +141,7 @@ def test_a_bias_that_is_no_number_chooses_as_the_definition_does():
 
 def test_affinities():
     special = [0.0, -0.0, 1e-3, -1e-3, 19.5, 20.5, 1e4, -20.0, -80.0, -150.0, 3e38, INF, -INF, NAN, 1e-40]
-    x = torch.cat([torch.tensor(special), torch.linspace(-30, 30, 3000)]).to(DEVICE)
+    x = torch.cat([torch.tensor(special), torch.linspace(-85, 30, 3000)]).to(DEVICE)
     with kernels(affinity):
         for logits in (x, x[:2500].view(50, 50).t(), x[1:8], x[:0], x[:1024]):
             assert affinity.chosen(logits) == "triton"

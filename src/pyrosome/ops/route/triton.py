@@ -2,9 +2,14 @@
 
 A program of the first multiplies a tile of experts (the left operand) by a tile of tokens over one segment of channels,
 so that one token still keeps tens of programs busy; of many tokens a program takes all segments, each summed from zero
-and added to those before it, which is what the second launch does with them elsewhere: the same bits.  A gate of
-bfloat16 meets float32 tokens as three bfloat16 products, which lose nothing.  In the second a single warp holds a
-token's affinities, takes the greatest of distinct integer keys as often as experts are wanted, and lists them by id.
+and added to those before it, which is what the second launch does with them elsewhere: the same bits.  Float32
+tokens are cut into three parts of bfloat16, whose products with a gate of bfloat16 lose nothing.  The network holds its
+gate in float32, and it is cut likewise: of the nine products those six are taken that reach float32's last bits.  What
+a checkpoint stores in bfloat16 has no second part, and loses nothing here either.  Plain float32 multiply-adds would
+wait for shared memory: at a prompt's sizes they take longer than all six.
+
+In the second launch a single warp holds a token's affinities, takes the greatest of distinct integer keys as often as
+experts are wanted, and lists them by id.
 """
 
 from __future__ import annotations
@@ -19,12 +24,12 @@ from pyrosome.ops.gpu import Variant
 from pyrosome.ops.linear import dense
 from pyrosome.quant import QuantTensor
 
-SEGMENT = 256  # channels whose products are one sum
-BLOCK_K = 64  # of them in one tile
+SEGMENT = 128  # channels whose products are one sum
+BLOCK_K = 32  # of them in one tile: with more, parts of both tiles would not stay in registers
 VARIANTS = {
-    "few": Variant("few", {"ROWS": 64, "TOKENS": 16, "WHOLE": 0}, warps=4, stages=3),
-    "some": Variant("some", {"ROWS": 128, "TOKENS": 64, "WHOLE": 0}, warps=8, stages=2),
-    "many": Variant("many", {"ROWS": 128, "TOKENS": 64, "WHOLE": 1}, warps=8, stages=2),
+    "few": Variant("few", {"ROWS": 64, "TOKENS": 16, "WHOLE": 0}, warps=4, stages=4),
+    "some": Variant("some", {"ROWS": 64, "TOKENS": 64, "WHOLE": 0}, warps=4, stages=2),
+    "many": Variant("many", {"ROWS": 64, "TOKENS": 64, "WHOLE": 1}, warps=4, stages=2),
 }
 _TOKEN = Variant("token", {}, warps=1, stages=1)
 _PIECE = Variant("piece", {"BLOCK": 1024}, warps=4, stages=1)
@@ -34,7 +39,7 @@ _LOWEST = tl.constexpr(-(1 << 63))
 @triton.jit
 def _root_softplus(x):
     """sqrt(log(1 + e^x)) of float32, without an overflow: e^-|x| is at most 1."""
-    e = tl.exp(-tl.abs(x))
+    e = device.exp(-tl.abs(x))
     # log(1 + e) is 2 artanh(z), z = e / (2 + e) up to 1/3: a series without cancellation, to float32's last bits.
     z = e / (2.0 + e)
     y = z * z
@@ -51,15 +56,21 @@ def _affinity(logit_ptr, out_ptr, num, BLOCK: tl.constexpr):
     tl.store(out_ptr + at, _root_softplus(x), mask=at < num)
 
 
+@triton.jit
+def _parts(x, UPCAST: tl.constexpr):
+    high, middle, low = device.split3(x)
+    return device.narrow(high, UPCAST), device.narrow(middle, UPCAST), device.narrow(low, UPCAST)
+
+
 @gpu.jit
 def _route_products(
     x_ptr, gate_ptr, sums_ptr, T, E: tl.constexpr, D: tl.constexpr, SEGMENT: tl.constexpr, SEGMENTS: tl.constexpr,
-    BLOCK_K: tl.constexpr, SPLIT: tl.constexpr, UPCAST: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
+    BLOCK_K: tl.constexpr, FLOAT: tl.constexpr, UPCAST: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
     WHOLE: tl.constexpr,
 ):  # fmt: skip
     """sums[t, segment, e] = gate[e] . x[t] over a segment; under WHOLE over all of them, as one.
 
-    SPLIT: the gate is bfloat16, and x a sum of three; else both are float32.
+    FLOAT: the gate is float32; else bfloat16.
     """
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)[None, :]
     expert = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None]
@@ -74,15 +85,17 @@ def _route_products(
             gate = tl.load(gate_ptr + expert * D + channel[None, :], mask=mask, other=0.0)
             mask = (token < T) & (channel[:, None] < D)
             x = tl.load(x_ptr + token * D + channel[:, None], mask=mask, other=0.0)
-            if SPLIT:
-                finite = tl.where(tl.abs(x) < float("inf"), x, 0.0)  # an infinity has no rest to be split
-                high, middle, low = device.split3(finite)
-                high = tl.where(finite == x, high, x)
-                acc = device.dot(gate, device.narrow(low, UPCAST), acc, UPCAST)
-                acc = device.dot(gate, device.narrow(middle, UPCAST), acc, UPCAST)
-                acc = device.dot(gate, device.narrow(high, UPCAST), acc, UPCAST)
-            else:
-                acc = tl.dot(gate.to(tl.float32), x, acc, input_precision="ieee")
+            high, middle, low = _parts(x, UPCAST)
+            if FLOAT:
+                gate, gate_middle, gate_low = _parts(gate, UPCAST)
+                # No infinity may meet the zeros that are left of a gate that bfloat16 holds.
+                finite = device.narrow(device.split3(tl.where(tl.abs(x) < float("inf"), x, 0.0))[0], UPCAST)
+                acc = device.dot(gate_low, finite, acc, UPCAST)
+                acc = device.dot(gate_middle, middle, acc, UPCAST)
+                acc = device.dot(gate_middle, finite, acc, UPCAST)
+            acc = device.dot(gate, low, acc, UPCAST)
+            acc = device.dot(gate, middle, acc, UPCAST)
+            acc = device.dot(gate, high, acc, UPCAST)
         total += acc
     pieces: tl.constexpr = 1 if WHOLE else SEGMENTS
     tl.store(sums_ptr + (token * pieces + piece) * E + expert, total, mask=(token < T) & (expert < E))
@@ -186,7 +199,7 @@ def _products(x_TD: Tensor, gate_ED: Tensor) -> tuple[Tensor, int]:
     is_bf16 = gate_ED.dtype == torch.bfloat16
     gpu.launch(
         _route_products, (gpu.cdiv(T, c["TOKENS"]), gpu.cdiv(E, c["ROWS"]), pieces), x_TD, gate_ED, sums, T,
-        E=E, D=D, SEGMENT=SEGMENT, SEGMENTS=segments, BLOCK_K=BLOCK_K, SPLIT=is_bf16, UPCAST=target.interpreted,
-        variant=variant, matrix="bf16" if is_bf16 else "",
+        E=E, D=D, SEGMENT=SEGMENT, SEGMENTS=segments, BLOCK_K=BLOCK_K, FLOAT=not is_bf16, UPCAST=target.interpreted,
+        variant=variant, matrix="bf16",
     )  # fmt: skip
     return sums, pieces
