@@ -8,7 +8,7 @@ tiles of 64 outputs and segments of K (`segments`) fill the device, which stream
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +18,15 @@ from torch import Tensor
 from pyrosome.ops import gpu
 from pyrosome.ops.gpu import Target, Variant
 from pyrosome.ops.linear import Prepare
-from pyrosome.ops.linear.products import MOST, code_products, float_products, sums, value_products
+from pyrosome.ops.linear.products import (
+    MOST,
+    MOST_SEGMENTS,
+    MOST_SUMS,
+    code_products,
+    float_products,
+    sums,
+    value_products,
+)
 from pyrosome.ops.linear.quantize import Rows, prepared_rows
 from pyrosome.ops.rms_norm.triton import rms_norm
 from pyrosome.quant import QuantTensor, round_activation, unchanged
@@ -26,7 +34,6 @@ from pyrosome.quant.tiles import TiledWeight, untile
 
 _BLOCK, _TILE = 128, 64  # inputs of a block, outputs of the smallest tile
 _FULL = 160  # programs that fill a device, and no more than that
-_MOST_SEGMENTS = 16
 _MOST_SPLIT = 1024  # tokens up to which segments may lie in memory one by one
 
 CODE_VARIANTS = {
@@ -38,13 +45,16 @@ CODE_VARIANTS = {
 VALUE_VARIANTS = {
     "few": Variant("few", {"BLOCK_N": 64, "BLOCK_M": 16, "SKIPS": 0}, warps=4, stages=5),
     "some": Variant("some", {"BLOCK_N": 64, "BLOCK_M": 64, "SKIPS": 0}, warps=4, stages=3),
+    # Weights of a byte or less: as many bytes on their way take more steps; inputs are mostly attention's, of one part.
+    "few-long": Variant("few-long", {"BLOCK_N": 64, "BLOCK_M": 16, "SKIPS": 1}, warps=4, stages=8),
+    "some-long": Variant("some-long", {"BLOCK_N": 64, "BLOCK_M": 64, "SKIPS": 1}, warps=4, stages=5),
     "slim": Variant("slim", {"BLOCK_N": 64, "BLOCK_M": 64, "SKIPS": 1}, warps=8, stages=3),
     "many": Variant("many", {"BLOCK_N": 128, "BLOCK_M": 128, "SKIPS": 1}, warps=8, stages=3),
     "narrow": Variant("narrow", {"BLOCK_N": 128, "BLOCK_M": 64, "SKIPS": 1}, warps=8, stages=2),
 }
 FLOAT_VARIANTS = {
     "few": Variant("few", {"BLOCK_N": 64, "BLOCK_M": 16}, warps=4, stages=3),
-    "many": Variant("many", {"BLOCK_N": 64, "BLOCK_M": 32}, warps=4, stages=2),
+    "many": Variant("many", {"BLOCK_N": 64, "BLOCK_M": 32}, warps=8, stages=2),
 }
 _SUM = Variant("sum", {"BLOCK": 256}, warps=2, stages=1)
 _SCALE = Variant("scale", {"BLOCK": 1024}, warps=4, stages=1)
@@ -58,6 +68,14 @@ class _Stored(NamedTuple):
     scale: Tensor | None
     num_outputs: int
     num_inputs: int
+
+
+class _Apart(NamedTuple):
+    """A product whose segments lie in memory one by one."""
+
+    parts: Tensor  # [S, M, N]
+    out: Tensor  # [M, N]
+    segments: int
 
 
 class _Need(NamedTuple):
@@ -77,7 +95,7 @@ def linear(x: Tensor, weight_NK: Tensor | QuantTensor, prepare: Prepare = unchan
 def linears(
     x: Tensor, weights: Sequence[tuple[Tensor | QuantTensor, Prepare]], norm: Tensor | None = None, eps: float = 0.0
 ) -> list[Tensor]:
-    """As the definition, for float32 x: one launch for its rows, one for the weights of each kind."""
+    """As the definition, for float32 x: one launch for its rows, one for the weights of each kind, one for sums."""
     if not all(prepare is unchanged or prepare is round_activation for _, prepare in weights):
         x = x if norm is None else rms_norm(x, norm, eps)
         known = (unchanged, round_activation)
@@ -89,11 +107,13 @@ def linears(
     needs = [_need(w, prepare, target) for w, (_, prepare) in zip(stored, weights, strict=True)]
     rows = _rows(x_MK, {need.form for need in needs}, norm, eps)
     outs = [x.new_empty(x_MK.shape[0], w.num_outputs) for w in stored]
+    apart: list[_Apart] = []
     for need in dict.fromkeys(needs):
         same = [i for i, other in enumerate(needs) if other == need]
         for at in range(0, len(same), MOST):
             now = same[at : at + MOST]
-            _multiply(rows, need, [stored[i] for i in now], [outs[i] for i in now], 1, target)
+            apart += _multiply(rows, need, [stored[i] for i in now], [outs[i] for i in now], 1, target)
+    _add(apart)
     return [out.view(*lead, out.shape[1]) for out in outs]
 
 
@@ -107,7 +127,7 @@ def grouped_linear(x_TGK: Tensor, weight_NK: Tensor | QuantTensor) -> Tensor:
     need = _need(weight, unchanged, target)
     rows = _rows(x_TGK.reshape(T * G, K) if K else x_TGK.new_empty(T * G, 0), {need.form}, None, 0.0)
     out = x_TGK.new_empty(T, weight.num_outputs)
-    _multiply(rows, need, [weight], [out], G, target)
+    _add(_multiply(rows, need, [weight], [out], G, target))
     return out.view(T, G, weight.num_outputs // G)
 
 
@@ -129,7 +149,7 @@ def _scaled(x_ptr, out_ptr, size, factor, BLOCK: tl.constexpr):
 def segments(N: int, K: int) -> int:
     """Parts of equal length that K is cut into, whatever else is asked: so many that one token fills the device."""
     blocks, tiles = gpu.cdiv(K, _BLOCK), gpu.cdiv(N, _TILE)
-    return max(s for s in range(1, _MOST_SEGMENTS + 1) if s == 1 or (blocks % s == 0 and s * tiles <= _FULL))
+    return max(s for s in range(1, MOST_SEGMENTS + 1) if s == 1 or (blocks % s == 0 and s * tiles <= _FULL))
 
 
 def _stored(weight: Tensor | QuantTensor, K: int) -> _Stored:
@@ -160,50 +180,68 @@ def _rows(x_MK: Tensor, forms: set[str], norm: Tensor | None, eps: float) -> Row
     return prepared_rows(x_MK, norm, eps, **dict.fromkeys(forms, True))
 
 
-def _multiply(rows: Rows, need: _Need, weights: list[_Stored], outs: list[Tensor], G: int, target: Target) -> None:
-    """Fill outs [M, N] with products of `rows` [M G, P] and weights of one kind."""
+def _multiply(
+    rows: Rows, need: _Need, weights: list[_Stored], outs: list[Tensor], G: int, target: Target
+) -> list[_Apart]:
+    """Fill outs [M, N] with products of `rows` [M G, P] and weights of one kind, but for those that are returned."""
     M, K = outs[0].shape[0], need.num_inputs
     if not K:
         for out in outs:
             out.zero_()
-        return
+        return []
     sizes = tuple(w.num_outputs for w in weights)
     cuts = tuple(segments(N, K) for N in sizes)
     is_apart = max(cuts) > 1 and _leaves_room(M, sizes)
-    variant = _variant(need, M, sizes, is_apart or max(cuts) == 1, target)
+    splits = is_apart or max(cuts) == 1
+    variant = _variant(need, M, sizes, splits, target)
     BLOCK_N, BLOCK_M = variant.constants["BLOCK_N"], variant.constants["BLOCK_M"]
     tiles = [gpu.cdiv(N // G, BLOCK_N) * G for N in sizes]
     columns = gpu.cdiv(M, BLOCK_M)
-    into, parts = outs, None
-    if is_apart:
-        lengths = [s * M * N for s, N in zip(cuts, sizes, strict=True)]
-        parts = outs[0].new_empty(sum(lengths))
-        into = list(parts.split(lengths))
-    splits = is_apart or max(cuts) == 1
     programs = sum(t * (s if splits else 1) for t, s in zip(tiles, cuts, strict=True)) * columns
-    data, scales, ys = _six(w.data for w in weights), _six(w.scale for w in weights), _six(into)
-    constants: dict[str, Any] = {"N": tuple(N // G for N in sizes), "S": cuts, "K": K, "SPLIT": splits}
+    apart = [
+        _Apart(out.new_empty(s * M * N), out, s)
+        for out, s, N in zip(outs, cuts, sizes, strict=True)
+        if is_apart and s > 1
+    ]
+    parts = iter(apart)
+    ys = _six([next(parts).parts if is_apart and s > 1 else out for out, s in zip(outs, cuts, strict=True)])
+    data, scales = _six([w.data for w in weights]), _six([w.scale for w in weights])
+    numbers = (*_filled([N // G for N in sizes], MOST, 0), *_filled(cuts, MOST, 1), M, K)
+    constants: dict[str, Any] = {"EVEN": K % _BLOCK == 0 and all(N // G % 16 == 0 for N in sizes), "SPLIT": splits}
     if need.form == "columns":
-        data = _six(w.data.view(torch.float8_e4m3fn) for w in weights)
+        data = _six([w.data.view(torch.float8_e4m3fn) for w in weights])
         assert rows.codes_MP is not None
         gpu.launch(
-            code_products, (programs,), rows.codes_MP.view(torch.float8_e4m3fn), rows.scale_GM, *data, *scales, *ys, M,
-            variant=variant, matrix="fp8", UPCAST=target.interpreted, **constants,
+            code_products, (programs,), rows.codes_MP.view(torch.float8_e4m3fn), rows.scale_GM, *data, *scales, *ys,
+            *numbers, variant=variant, matrix="fp8", UPCAST=target.interpreted, **constants,
         )  # fmt: skip
     elif need.kind == "f32":
         x = rows.plain_MP if need.form == "plain" else rows.rounded_MP
-        gpu.launch(float_products, (programs,), x, *data, *ys, M, variant=variant, G=G, **constants)
+        gpu.launch(float_products, (programs,), x, *data, *ys, *numbers, G, variant=variant, **constants)
     else:
         if need.kind == "fp8" and target.has_fp8:
-            data = _six(w.data.view(torch.float8_e4m3fn) for w in weights)
+            data = _six([w.data.view(torch.float8_e4m3fn) for w in weights])
         x, deep = (rows.parts_3MP, rows.deep_M) if need.form == "parts" else (rows.rounded_MP, None)
+        in_order = need.kind != "fp8" or G == 1 or sizes[0] // G % _BLOCK == 0
         gpu.launch(
-            value_products, (programs,), x, deep, *data, *scales, *ys, M, variant=variant, matrix="bf16", G=G,
-            KIND=need.kind, PARTS=3 if need.form == "parts" else 1, UPCAST=target.interpreted, **constants,
+            value_products, (programs,), x, deep, *data, *scales, *ys, *numbers, G, variant=variant, matrix="bf16",
+            KIND=need.kind, PARTS=3 if need.form == "parts" else 1, IN_ORDER=in_order, UPCAST=target.interpreted,
+            **constants,
         )  # fmt: skip
-    if parts is not None:
-        added = sum(gpu.cdiv(M * N, 256) for N in sizes)
-        gpu.launch(sums, (added,), parts, *_six(outs), M, N=sizes, S=cuts, variant=_SUM)
+    return apart
+
+
+def _add(apart: list[_Apart]) -> None:
+    """Fill each `out` with the sum of its parts."""
+    for at in range(0, len(apart), MOST_SUMS):
+        now = apart[at : at + MOST_SUMS]
+        M, sizes = now[0].out.shape[0], [a.out.shape[1] for a in now]
+        parts = _filled([a.parts for a in now], MOST_SUMS, now[0].parts)
+        outs = _filled([a.out for a in now], MOST_SUMS, now[0].out)
+        numbers = (*_filled(sizes, MOST_SUMS, 0), *_filled([a.segments for a in now], MOST_SUMS, 1), M)
+        added = sum(gpu.cdiv(M * N, _SUM.constants["BLOCK"]) for N in sizes)
+        even = all(N % 16 == 0 for N in sizes)
+        gpu.launch(sums, (added,), *parts, *outs, *numbers, EVEN=even, variant=_SUM)
 
 
 def _leaves_room(M: int, sizes: tuple[int, ...]) -> bool:
@@ -227,15 +265,20 @@ def _variant(need: _Need, M: int, sizes: tuple[int, ...], has_one_sum: bool, tar
         many = "narrow" if has_one_sum else "slim"
     elif target.shared_bytes < 128 << 10:
         many = "narrow"
-    some = "slim" if family == 10 else "some"
-    return gpu.chosen("value_products", key, VALUE_VARIANTS, _by_tokens(M, "few", some, many), target)
+    few, some = "few", "slim" if family == 10 else "some"
+    if need.kind != "bf16":
+        few, some = "few-long", some if target.shared_bytes < 128 << 10 else "some-long"
+    return gpu.chosen("value_products", key, VALUE_VARIANTS, _by_tokens(M, few, some, many), target)
 
 
 def _by_tokens(M: int, few: str, some: str, many: str) -> str:
     return few if M <= 16 else some if M <= 64 else many
 
 
-def _six(given: Iterable[Tensor | None]) -> tuple[Tensor | None, ...]:
-    """As many arguments as kernels have for it."""
-    found = tuple(given)
-    return (*found, *[None] * (MOST - len(found)))
+def _six(given: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """As many as kernels have arguments for: the same kinds of arguments for one weight and for several."""
+    return _filled(given, MOST, given[0])
+
+
+def _filled(given: Sequence[Any], length: int, rest: Any) -> tuple[Any, ...]:
+    return (*given, *[rest] * (length - len(given)))
