@@ -14,7 +14,7 @@ from pyrosome.options import SamplingParams
 from tests.ops.gpu.held import DEVICE, kernels
 
 INF, NAN = float("inf"), float("nan")
-MANY = 2000 if DEVICE.type == "cuda" else 24  # rows; the interpreter takes half a second for a filtered one
+MANY = 2000 if DEVICE.type == "cuda" else 12  # rows; the interpreter takes half a second for a filtered one
 
 
 def noise(*shape, scale=2.0, seed=0):
@@ -71,7 +71,7 @@ def check(logits, params, seeds=None, positions=None):
 @pytest.mark.parametrize("V", [1, 2, 1000, 1024, 1025, 5000])
 @pytest.mark.parametrize("make", [noise, levels])
 def test_greedy_takes_the_first_of_the_best(V, make):
-    logits = make(7, V)
+    logits = make(3, V)
     assert chosen(logits) == [row.argmax().item() for row in logits.cpu()]
     check(logits, SamplingParams(temperature=0))
     assert chosen(torch.tensor([[-INF, -3.0, -3.0], [-0.0, 0.0, -1.0], [0.0, -0.0, -INF]], device=DEVICE)) == [1, 0, 0]
@@ -89,12 +89,12 @@ def test_draws(V, temperature):
     "filters",
     [
         {"top_k": 5}, {"top_k": 1}, {"top_p": 0.8}, {"top_p": 1e-12}, {"top_p": 5e-324}, {"min_p": 0.1}, {"min_p": 1.0},
-        {"top_k": 9, "top_p": 0.6, "min_p": 0.05}, {"top_k": 2000, "top_p": 0.999999}, {"top_k": 7, "top_p": 0.9},
+        {"top_k": 9, "top_p": 0.6, "min_p": 0.05}, {"top_k": 2000, "top_p": 0.999999},
     ],
     ids=str,
 )  # fmt: skip
 def test_filters(make, filters):
-    check(make(2, 1100, seed=len(str(filters))), SamplingParams(temperature=0.9, **filters))
+    check(make(1, 1100, seed=len(str(filters))), SamplingParams(temperature=0.9, **filters))
 
 
 def test_rows_ask_for_different_things():
@@ -102,7 +102,6 @@ def test_rows_ask_for_different_things():
         SamplingParams(temperature=0), SamplingParams(), SamplingParams(top_k=3), SamplingParams(top_p=0.5),
         SamplingParams(min_p=0.5), SamplingParams(temperature=2.0, top_k=12), SamplingParams(top_p=0.3, top_k=4),
     ]  # fmt: skip
-    check(noise(7, 12), params)
     check(levels(7, 12), params)
 
 
@@ -116,14 +115,20 @@ def test_rows_ask_for_different_things():
 def test_ties_at_an_edge_are_kept_from_the_lowest_id_on(filters, kept):
     """Every kept id wins some position, and no other does; of four equal ones top-p 0.26 keeps two."""
     logits = [0.0] * 4 if kept is None else [1.0, 3.0, 1.0, 3.0, 1.0]
-    rows = torch.tensor([logits] * 10, device=DEVICE)
-    found = set(check(rows, SamplingParams(temperature=100.0, **filters), [4] * 10, list(range(10))))
+    rows = torch.tensor([logits] * 8, device=DEVICE)
+    found = set(check(rows, SamplingParams(temperature=100.0, **filters), [4] * 8, list(range(8))))
     assert found == set([0, 1] if kept is None else kept)
+
+
+def test_ties_of_a_row_that_does_not_ask_for_top_p_beside_one_that_does():
+    params = [*[SamplingParams(top_k=1)] * 4, SamplingParams(top_p=0.5)]
+    rows = torch.zeros(5, 6, device=DEVICE)
+    assert check(rows, params, [4] * 5, list(range(5)))[:4] == [0] * 4
 
 
 def test_ties_at_an_edge_in_several_pieces():
     """The last id that stays stands in the second piece of a vocabulary, behind ties of the first."""
-    logits = torch.full((2, 2100), -30.0, device=DEVICE)
+    logits = torch.full((1, 2100), -30.0, device=DEVICE)
     logits[:, 1000:1300] = 1.0
     logits[:, 5] = 1.1
     check(logits, SamplingParams(top_k=40, temperature=50.0))
