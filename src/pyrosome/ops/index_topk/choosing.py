@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -125,7 +124,7 @@ def plan(width: int, K: int, target: Target) -> list[Round]:
 
 def kept_bytes(rounds: list[Round], K: int) -> int:
     """Bytes a token takes between rounds."""
-    return sum(8 * r.num_blocks * K for r in rounds[:-1])
+    return sum(12 * r.num_blocks * K for r in rounds[:-1])
 
 
 def choose(
@@ -141,7 +140,7 @@ def choose(
         else:
             stride = gpu.cdiv(r.num_blocks * K, 16) * 16
             best_score = score.new_empty(last - first, stride)
-            best_index = score.new_empty(last - first, stride, dtype=torch.int32)
+            best_index = score.new_empty(last - first, stride, dtype=out[1].dtype)  # one kernel, last or not
         gpu.launch(
             _best_rows, (last - first, r.num_blocks), score, index, visible_T, best_score, best_index, first, r.width,
             score.stride(0), K, first if is_last else 0, best_score.stride(0), variant=r.variant,
