@@ -133,9 +133,6 @@ def _rows(
             tl.store(rounded_ptr + at, tl.reshape(value, [BLOCK]).to(tl.bfloat16), mask=stored)
     if parts_ptr is not None:
         high, middle, low = split3(x)
-        # What infinity leaves is no number; the high part alone says all there is to say.
-        finite = (bits_of(high) & 0x7FFFFFFF) < 0x7F800000
-        middle, low = tl.where(finite, middle, 0.0), tl.where(finite, low, 0.0)
         plane = M.to(tl.int64) * P
         tl.store(parts_ptr + at, high.to(tl.bfloat16), mask=stored)
         tl.store(parts_ptr + plane + at, middle.to(tl.bfloat16), mask=stored)
