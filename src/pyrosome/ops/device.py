@@ -189,3 +189,27 @@ def split3(x):
     rest = tl.where(tl.abs(high) < float("inf"), x - high, 0.0)
     middle = float_of(bits_of(rest) & -65536)
     return high, middle, rest - middle
+
+
+@triton.jit
+def narrow3(x, UPCAST: tl.constexpr):
+    """The parts of `split3`, each for a `dot`."""
+    high, middle, low = split3(x)
+    return narrow(high, UPCAST), narrow(middle, UPCAST), narrow(low, UPCAST)
+
+
+@triton.jit
+def float_dot(a, b, acc, UPCAST: tl.constexpr):
+    """acc + a b of float32 tiles, by six bfloat16 products of their parts; what is left out is below 2^-21 of a term.
+
+    Nothing is lost where bfloat16 holds a.  An infinity of b meets the first part of a alone: other parts may be zero.
+    """
+    a, a_middle, a_low = narrow3(a, UPCAST)
+    high, middle, low = narrow3(b, UPCAST)
+    finite = narrow(split3(tl.where(tl.abs(b) < float("inf"), b, 0.0))[0], UPCAST)
+    acc = dot(a_low, finite, acc, UPCAST)
+    acc = dot(a_middle, middle, acc, UPCAST)
+    acc = dot(a_middle, finite, acc, UPCAST)
+    acc = dot(a, low, acc, UPCAST)
+    acc = dot(a, middle, acc, UPCAST)
+    return dot(a, high, acc, UPCAST)

@@ -184,8 +184,8 @@ def jit(function: Callable[..., Any]) -> Any:
 def _mend_interpreter() -> None:
     """Let loops run to numbers that a kernel has computed, and spare every call of a helper a look through Triton.
 
-    Such numbers are arrays of one to the interpreter, by which numpy 2.4 does not count.  And it replaces the language's
-    functions by its own anew for every call of a helper, which takes longer than most helpers: once a launch will do.
+    Such numbers are arrays of one to the interpreter, by which numpy 2.4 does not count.  And for every call of a
+    helper it replaces the language's functions by its own again, which takes longer than most helpers do.
     """
     from triton.runtime import interpreter
 

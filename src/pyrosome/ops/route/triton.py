@@ -56,12 +56,6 @@ def _affinity(logit_ptr, out_ptr, num, BLOCK: tl.constexpr):
     tl.store(out_ptr + at, _root_softplus(x), mask=at < num)
 
 
-@triton.jit
-def _parts(x, UPCAST: tl.constexpr):
-    high, middle, low = device.split3(x)
-    return device.narrow(high, UPCAST), device.narrow(middle, UPCAST), device.narrow(low, UPCAST)
-
-
 @gpu.jit
 def _route_products(
     x_ptr, gate_ptr, sums_ptr, T, E: tl.constexpr, D: tl.constexpr, SEGMENT: tl.constexpr, SEGMENTS: tl.constexpr,
@@ -85,17 +79,13 @@ def _route_products(
             gate = tl.load(gate_ptr + expert * D + channel[None, :], mask=mask, other=0.0)
             mask = (token < T) & (channel[:, None] < D)
             x = tl.load(x_ptr + token * D + channel[:, None], mask=mask, other=0.0)
-            high, middle, low = _parts(x, UPCAST)
             if FLOAT:
-                gate, gate_middle, gate_low = _parts(gate, UPCAST)
-                # No infinity may meet the zeros that are left of a gate that bfloat16 holds.
-                finite = device.narrow(device.split3(tl.where(tl.abs(x) < float("inf"), x, 0.0))[0], UPCAST)
-                acc = device.dot(gate_low, finite, acc, UPCAST)
-                acc = device.dot(gate_middle, middle, acc, UPCAST)
-                acc = device.dot(gate_middle, finite, acc, UPCAST)
-            acc = device.dot(gate, low, acc, UPCAST)
-            acc = device.dot(gate, middle, acc, UPCAST)
-            acc = device.dot(gate, high, acc, UPCAST)
+                acc = device.float_dot(gate, x, acc, UPCAST)
+            else:
+                high, middle, low = device.narrow3(x, UPCAST)
+                acc = device.dot(gate, low, acc, UPCAST)
+                acc = device.dot(gate, middle, acc, UPCAST)
+                acc = device.dot(gate, high, acc, UPCAST)
         total += acc
     pieces: tl.constexpr = 1 if WHOLE else SEGMENTS
     tl.store(sums_ptr + (token * pieces + piece) * E + expert, total, mask=(token < T) & (expert < E))
