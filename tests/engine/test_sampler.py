@@ -218,3 +218,15 @@ def test_without_the_guard_nothing_is_kept():
     for _ in range(100):
         state.accept(1)
     assert not state.is_repeating and not state._tail and state.output_counts == Counter()
+
+
+@pytest.mark.parametrize("N", [1, 2, 3])
+def test_what_a_kernel_is_given_begins_at_sixteen_bytes(monkeypatch, N):
+    """Or it would be compiled anew in the middle of a request."""
+    given = []
+    monkeypatch.setattr(sampler, "choose_tokens", lambda *args: (given.extend(args), torch.zeros(N))[1])
+    params = SamplingParams(temperature=0.5, top_k=3, top_p=0.75, min_p=0.25)
+    sampler._tokens(torch.zeros(N, 8), [SamplerState(params, [], 3)] * N, range(7, 7 + N))
+    assert [x.storage_offset() % 2 for x in given] == [0] * 7
+    assert [x.tolist() for x in given[1:5]] == [[0.5] * N, [3] * N, [0.75] * N, [0.25] * N]
+    assert (given[6] == torch.arange(7, 7 + N)).all() and len(given[5]) == N

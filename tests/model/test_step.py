@@ -235,3 +235,15 @@ def test_a_step_is_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         step.context = 3
     assert step.device.type == "cpu"
+
+
+@pytest.mark.parametrize("lengths", [[1], [2], [3], [1, 1, 1], [5, 2]])
+def test_on_a_gpu_each_field_begins_at_sixteen_bytes(lengths):
+    """Or a kernel that reads it would be compiled anew in the middle of a request."""
+    spans = [Span(slot, 7 * slot, range(n)) for slot, n in enumerate(lengths)]
+    names = ("ids_T", "position_T", "span_T", "slot_B", "start_B", "stop_B", "floor_B")
+    elsewhere, here = Step.of(spans, "meta"), Step.of(spans)
+    for name in names:
+        found, wanted = getattr(elsewhere, name), getattr(here, name)
+        assert found.shape == wanted.shape and found.storage_offset() % 2 == 0
+    assert here.packed.numel() == 3 * sum(lengths) + 4 * len(lengths)  # as captured steps of the CPU find them

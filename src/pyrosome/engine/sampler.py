@@ -151,12 +151,15 @@ def _tokens(logits_NV: Tensor, states: Sequence[SamplerState], positions: Sequen
     params, V = [s.params for s in states], logits_NV.shape[1]
     if all(p.temperature == 0 for p in params):
         return choose_tokens(logits_NV).tolist()  # type: ignore[no-any-return]
-    asked = np.empty((6, len(states)), np.int64)
+    N = len(states)
+    # Rows of an even length: each begins at 16 bytes, and for other addresses kernels would be compiled all over again.
+    packed = np.zeros((6, N + N % 2), np.int64)
+    asked = packed[:, :N]
     floats = asked[:3].view(np.float64)
     floats[0], floats[1], floats[2] = zip(*((p.temperature, p.top_p, p.min_p) for p in params), strict=True)
     asked[3], asked[4] = [min(p.top_k, V) for p in params], positions
     asked[5] = np.array([s.seed & ((1 << 64) - 1) for s in states], np.uint64).view(np.int64)
-    on_device = torch.from_numpy(asked).to(logits_NV.device)
+    on_device = torch.from_numpy(packed).to(logits_NV.device)[:, :N]
     temperature_N, top_p_N, min_p_N = on_device[:3].view(torch.float64)
     top_k_N, position_N, seed_N = on_device[3:]
     return choose_tokens(  # type: ignore[no-any-return]

@@ -85,8 +85,14 @@ class Step:
 
         fields = [ids, position, span, slots, [start for start, _ in extents], [stop for _, stop in extents]]
         fields.append([s.floor for s in spans] + [0] * (len(rooms) - len(spans)))
-        packed = torch.tensor([x for field in fields for x in field], dtype=torch.int64, device=device)  # one transfer
-        ids_T, position_T, span_T, slot_B, start_B, stop_B, floor_B = packed.split([len(field) for field in fields])
+        # On a GPU each begins at 16 bytes: kernels are compiled for such addresses, and for others all over again.
+        spare = [[0] * (len(field) % 2 if torch.device(device).type != "cpu" else 0) for field in fields]
+        numbers = [x for pair in zip(fields, spare, strict=True) for field in pair for x in field]
+        packed = torch.tensor(numbers, dtype=torch.int64, device=device)  # one transfer
+        parts = packed.split([len(field) + len(more) for field, more in zip(fields, spare, strict=True)])
+        ids_T, position_T, span_T, slot_B, start_B, stop_B, floor_B = (
+            part[: len(field)] for part, field in zip(parts, fields, strict=True)
+        )
         return cls(
             ids_T, position_T, span_T, slot_B, start_B, stop_B,
             layout=tuple(layout),
