@@ -34,7 +34,7 @@ INDEX_VARIANTS = {
 
 @triton.jit
 def _cos_sin(x):
-    """(cos, sin) of float64 x, right to float32's last bit for angles of thousands of millions.
+    """(cos, sin) of float64 x, off by no more than 1e-9 at angles of millions: a sixtieth of float32's last bit at 1.
 
     The library's float32 functions keep what is left of such angles in local memory, and the fast ones are wrong beyond
     a few turns.

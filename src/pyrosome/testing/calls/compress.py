@@ -36,8 +36,7 @@ LAYERS = (CSA, HCA, Layer("index", 4, 8, 128, False))
 def calls() -> list[Call]:
     """Every row of a step's static bound is emitted."""
     found = [_call(compressed_rows, layer, M) for layer in LAYERS for M in TOKENS]
-    exact = CSA._replace(name="CSA, exact", rounds=False)
-    return [*found, _call(compressed_rows, exact, 16), _call(compress, HCA, 4096)]
+    return [*found, _call(compress, HCA, 4096)]
 
 
 def _call(op: Any, layer: Layer, M: int) -> Call:

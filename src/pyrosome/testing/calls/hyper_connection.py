@@ -31,7 +31,7 @@ def calls() -> list[Call]:
             _call(hyper_connection_turn, "turn", M, (2 + 2 * J) * row, N),
             _call(hyper_connection_out, "out", M, (1 + 2 * J) * row, 0),
         ]
-    return [*made, *(_call(hyper_connection_head, "head", M, (1 + J) * 4 * M * D, J) for M in (1, 16, 64))]
+    return [*made, *(_call(hyper_connection_head, "head", M, (1 + J) * 4 * M * D, J) for M in (1, 16))]
 
 
 def _call(op: Op, name: str, M: int, row_bytes: int, num_rows: int) -> Call:
