@@ -94,7 +94,7 @@ def _current(found: Calibration) -> str:
 
 
 def _planned(name: str, here: Machine, measured: Measured, is_calibrated: bool) -> list[dict[str, Any]]:
-    """A model on this machine's processor, which the commands run on without `--device`; and on its GPUs, where it has some."""
+    """A model on the processor, which commands run on without `--device`; and on this machine's GPUs, if there are any."""
     from pyrosome.plan.inventory import Model
 
     try:
