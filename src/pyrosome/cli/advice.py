@@ -94,7 +94,7 @@ def _current(found: Calibration) -> str:
 
 
 def _planned(name: str, here: Machine, measured: Measured, is_calibrated: bool) -> list[dict[str, Any]]:
-    """A model on the processor, which commands run on without `--device`; and on this machine's GPUs, if there are any."""
+    """A model on the processor, where commands run without `--device`, and on the GPUs of this machine, if any."""
     from pyrosome.plan.inventory import Model
 
     try:
