@@ -30,6 +30,12 @@ TOLERANCE = {"fp8": 3e-3, "bf16": 3e-3, "f32": 2e-6}
 SPANS = {"a beginning": [(1, 0, 3)], "going on": [(2, 301, 3)], "several": [(1, 0, 2), (3, 300, 1), (2, 77, 1)]}
 
 
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch):
+    """The interpreter runs them one after the other."""
+    monkeypatch.setattr(module, "SPREAD", 4)
+
+
 def noise(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
 
@@ -96,12 +102,20 @@ def test_spans_and_choices(spans, ratio, chosen):
     held_to_definition(example(SPANS[spans], ratio=ratio, chosen=chosen), TOLERANCE["fp8"])
 
 
-@pytest.mark.parametrize(("heads", "width"), [(1, 96), (17, 32), (70, 96), (2, 192)])
-def test_heads_and_widths(heads, width):
-    """192 channels: a chunk of codes, and one of codes and bfloat16."""
-    row_format = FP8KVRows(width - ROPE, ROPE) if width > ROPE else FORMATS["bf16"]
-    if width == 192:
-        row_format = FP8KVRows(width - 64, 64)
+@pytest.mark.parametrize("programs", [0, 1 << 20])
+@pytest.mark.parametrize(
+    ("heads", "row_format"),
+    [
+        (1, FORMATS["fp8"]), (17, FP8KVRows(0, 32)), (70, FORMATS["fp8"]), (2, FP8KVRows(128, 64)),
+        (1, FP8KVRows(192, 64)), (1, FP8KVRows(576, 32)), (2, FORMATS["bf16"]),
+    ],
+)  # fmt: skip
+def test_heads_and_widths(heads, row_format, programs, monkeypatch):
+    """Chunks of codes, of bfloat16 and in part of either are grouped in every way; rows have a second eight scales."""
+    monkeypatch.setattr(module, "PROGRAMS", programs)
+    width = row_format.nope + row_format.rope if isinstance(row_format, FP8KVRows) else 160
+    if width == 32:
+        row_format = FORMATS["bf16"]
     held_to_definition(example([(1, 50, 1)], row_format, heads, width, ratio=4), TOLERANCE["fp8"])
 
 
@@ -201,8 +215,10 @@ def test_parts_far_apart_do_not_overflow(gap):
 
 FORMS = {
     "whole": {"PROGRAMS": 0, "SEGMENT": 16},
-    "leaves": {"PROGRAMS": 1 << 20, "SEGMENT": 2},
+    "leaves of a whole": {"PROGRAMS": 1 << 20, "SEGMENT": 16},
     "runs": {"PROGRAMS": 0, "SEGMENT": 2},
+    "leaves of runs": {"PROGRAMS": 1 << 20, "SEGMENT": 2, "SPREAD": 1},
+    "chunks of leaves": {"PROGRAMS": 1 << 20, "SEGMENT": 2, "SPREAD": 1 << 20},
     "a few tokens at once": {"PROGRAMS": 0, "SEGMENT": 2, "WORKSPACE_BYTES": 1 << 17},
 }
 
@@ -210,32 +226,64 @@ FORMS = {
 @pytest.mark.parametrize("name", ["fp8", "f32"])
 def test_a_token_has_the_same_bits_in_every_form_and_company(name, monkeypatch):
     """Leaves that are programs, runs, several workspaces: of one number of leaves to a run all are the same."""
-    args = example([(1, 500 if name == "fp8" else 200, 1), (2, 40, 1)], FORMATS[name], heads=2)
+    args = example([(1, 500 if name == "fp8" else 120, 1), (2, 40, 1)], FORMATS[name], heads=2)
     found = {}
     for form, sizes in FORMS.items():
         for size, value in sizes.items():
             monkeypatch.setattr(module, size, value)
         with kernels(attention):
             found[form] = attention(*args)
-            if form in ("leaves", "runs"):
+            if form in ("leaves of runs", "runs"):
                 for t in range(2):
                     assert same_bits(attention(*cut(args, t, t + 1)), found[form][t : t + 1])
         monkeypatch.undo()
     assert rms(found["whole"], attention.definition(*args)) < TOLERANCE[name]
-    assert rms(found["leaves"], found["whole"]) < 1e-6  # runs of 2 leaves join otherwise than runs of 16
-    for form in ("runs", "a few tokens at once"):
-        assert same_bits(found[form], found["leaves"])
+    assert same_bits(found["leaves of a whole"], found["whole"])
+    assert rms(found["runs"], found["whole"]) < 1e-6  # runs of 2 leaves join otherwise than runs of 16
+    for form in ("leaves of runs", "chunks of leaves", "a few tokens at once"):
+        assert same_bits(found[form], found["runs"])
 
 
-@pytest.mark.parametrize("variant", ["wide", "narrow"])
-def test_every_variant_is_the_same(variant):
+@pytest.mark.parametrize("variant", module.VARIANTS)
+def test_every_variant_is_the_same(variant, monkeypatch):
+    monkeypatch.setattr(module, "PROGRAMS", 0)
     args = example([(1, 100, 2)], FP8KVRows(128, 64), width=192)
     with kernels(attention):
         taken = attention(*args)
         with gpu.forced(weigh=variant, gather=variant):
-            found = attention(*args)
-    # The interpreter's products are numpy's, whose order is by shape.
-    assert same_bits(found, taken) if DEVICE.type == "cuda" else rms(found, taken) < 3e-3
+            assert same_bits(attention(*args), taken)
+
+
+@pytest.mark.parametrize("programs", [0, 1 << 20])
+def test_an_index_past_all_rows_shows(programs, monkeypatch):
+    """Its token is no number, others are what they were, and no memory is read for it; any number below 0 is no row."""
+    monkeypatch.setattr(module, "PROGRAMS", programs)
+    q, ((window, near), (pages, far)), sink, turn = example([(2, 301, 5)])
+    wrong_near, wrong_far = near.clone(), torch.where(far < 0, -(1 << 40), far)
+    wrong_near[0, 5], wrong_near[4, 7] = window.num_rows, 1 << 40
+    wrong_far[2, 3] = 64 * pages.table_BP.shape[1]
+    with kernels(attention):
+        right = attention(q, [(window, near), (pages, far)], sink, turn)
+        found = attention(q, [(window, wrong_near), (pages, wrong_far)], sink, turn)
+    assert found[[0, 2, 4]].isnan().all()
+    assert same_bits(found[[1, 3]], right[[1, 3]])
+    values = noise(4, C)
+    index = torch.tensor([[0, 1], [5, 1]], device=DEVICE)
+    with kernels(sparse_attention):
+        o, lse = sparse_attention(q[:2], OutOfReach(values), index)
+    assert o.isnan().flatten(1).all(1).tolist() == lse.isnan().all(1).tolist() == [False, True]
+
+
+class OutOfReach:
+    """Rows that nobody reads in place, with an index that is past them."""
+
+    format, num_rows = "f32", 4
+
+    def __init__(self, values):
+        self.values = values
+
+    def read(self, index_TK):
+        return self.values, index_TK
 
 
 @pytest.mark.parametrize("programs", [0, 1 << 20])

@@ -1,9 +1,10 @@
 """Attention by Triton: weights of keys first, then their sums of values, for 64 heads at once.
 
 Keys are cut into leaves, and SEGMENT leaves are one run: the sums of a run's leaves join in order, then those of the
-runs.  Where that makes too few programs (a decode step), each leaf has programs of its own, and a last kernel joins
-what they leave, in the same order.  Where all keys are one run, its programs finish by themselves.  Rows are read where
-they are stored, through page tables and rings, whose numbers stay on the device: what is launched is known from shapes.
+runs.  In a step of few leaves (decoding) each has programs of its own, which do all of it, and a last kernel joins what
+they leave, in the same order.  Else a program takes a run; where all keys are one run, its programs finish by
+themselves.  Rows are read where they are stored, through page tables and rings, whose numbers stay on the device: what
+is launched is known from shapes.
 """
 
 from __future__ import annotations
@@ -17,23 +18,25 @@ from torch import Tensor
 from pyrosome.ops import gpu
 from pyrosome.ops.gpu import Variant
 from pyrosome.ops.rows import NARROW, Pages, RowSource, stored
-from pyrosome.ops.sparse_attention.triton_attend import FINISHED, PART, PARTIAL, gather, weigh
+from pyrosome.ops.sparse_attention.triton_attend import attend, weigh
+from pyrosome.ops.sparse_attention.triton_gather import gather
 from pyrosome.ops.sparse_attention.triton_merge import join_parts, merge_runs
-from pyrosome.ops.sparse_attention.triton_rows import OWN, PAGES, RING
+from pyrosome.ops.sparse_attention.triton_rows import OWN, PAGE_ROWS, PAGES, RING
+from pyrosome.ops.sparse_attention.triton_sums import FINISHED, PART, PARTIAL
 from pyrosome.quant.rows import FP8KVRows
 
+KEYS = {True: 64, False: 16}  # of a leaf, over narrow rows and over others
+CHUNK = 64  # channels of a tile; with the keys of a leaf it decides about the bits
+GROUP = {True: 2, False: 1}  # chunks of which a program sums a run's values
 SEGMENT = 16  # leaves of a run
 PROGRAMS = 512  # a step that needs no more has a program for each leaf
+SPREAD = 128  # with no more than these it has several, which share the leaf's channels
 WORKSPACE_BYTES = 96 << 20  # of weights, and of runs that wait to be merged
 LOG2_E = 1.4426950408889634
 
-# A leaf's keys are the same in all variants for narrow rows, and in all for others: they decide about the bits.
-VARIANTS = {
-    "wide": Variant("wide", {"KEYS": 64, "BLOCK_C": 128}, warps=8, stages=1),
-    "narrow": Variant("narrow", {"KEYS": 64, "BLOCK_C": 64}, warps=8, stages=1),
-    "float32": Variant("float32", {"KEYS": 16, "BLOCK_C": 64}, warps=8, stages=1),
-}
-_HEAD = Variant("head", {}, warps=4, stages=2)
+# "ahead" asks for the rows of the next leaf while it computes, where a device has room for them.
+VARIANTS = {"plain": Variant("plain", {}, warps=4, stages=1), "ahead": Variant("ahead", {}, warps=4, stages=2)}
+_HEAD = Variant("head", {}, warps=4, stages=1)
 
 
 class Part(NamedTuple):
@@ -43,12 +46,19 @@ class Part(NamedTuple):
     pool: tuple[Tensor | None, Tensor | None, Tensor | None]  # data, data as bfloat16, scales
     index_TK: Tensor
     map: Tensor | None = None  # page tables, or slots of spans
-    span: Tensor | None = None  # of each token
+    span: Tensor | None = None  # of each token, where there are page tables
     own: Tensor | None = None  # rows of this step, float32
     width: int = 0  # pages of a span, or rows of a ring
     spans: int = 0
     format: str = ""  # of the pool
     nope: int = 0
+
+    def num_rows(self) -> int:
+        """How many rows an index can name, 0 being the first."""
+        own = 0 if self.own is None else self.own.shape[0]
+        if self.kind == PAGES.value:
+            return PAGE_ROWS.value * self.width
+        return own + (1 + self.spans * self.width if self.kind == RING.value else 0)
 
 
 def attention(q_THC: Tensor, parts: Sequence[tuple[RowSource, Tensor]], sink_H: Tensor, rotation_TF: Tensor) -> Tensor:
@@ -99,70 +109,73 @@ def _attend(
     q_THC: Tensor, parts: Sequence[tuple[RowSource, Tensor]], finish: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, Tensor]:
     """(attention [T, H, C], nothing) where it is to be finished with (sink, rotation), else (o, lse)."""
-    (T, H, C), target = q_THC.shape, gpu.target(q_THC.device)
+    (T, H, C), target, where = q_THC.shape, gpu.target(q_THC.device), q_THC.device
     narrow = parts[0][0].format in NARROW
     told = [_part(source, index_TK, q_THC) for source, index_TK in parts]
     if len({part.format for part in told if part.format}) > 1:  # a kernel reads one
         told[1:] = [_decoded(source, index_TK, C) for source, index_TK in parts[1:]]
-    keys, block_h = VARIANTS["wide" if narrow else "float32"].constants["KEYS"], min(64, gpu.pow2(H, 16))
+    keys, block_h, block_c = KEYS[narrow], min(64, gpu.pow2(H, 16)), min(CHUNK, gpu.pow2(C, 16))
     leaves = max(1, sum(gpu.cdiv(part.index_TK.shape[1], keys) for part in told))
     run = 1 if T * leaves <= PROGRAMS else SEGMENT
-    weighing, gathering = (_variant(kernel, target, narrow, C, run) for kernel in ("weigh", "gather"))
-    runs, blocks, chunks = gpu.cdiv(leaves, run), gpu.cdiv(H, block_h), gpu.cdiv(C, gathering.constants["BLOCK_C"])
-    writes = PARTIAL if runs > 1 else PART if finish is None else FINISHED
-    sink, turn = (None, None) if finish is None else _finishing(*finish)
+    runs, blocks, chunks = gpu.cdiv(leaves, run), gpu.cdiv(H, block_h), gpu.cdiv(C, block_c)
     q_THC = q_THC.contiguous()
-    if narrow and run > 1:  # read many times
-        q_THC = q_THC.to(torch.bfloat16)
-        told = [part._replace(own=part.own if part.own is None else part.own.to(torch.bfloat16)) for part in told]
-    where = q_THC.device
-    out, lse = torch.empty(T, H, C, device=where), torch.empty(T if finish is None else 0, H, device=where)
-    # As many tokens at once as the workspace has room for.
-    weight_bytes = 2 if narrow else 4
-    room = H * (leaves * (keys * weight_bytes + 8) + (4 * runs * (C + 2) if runs > 1 else 0))
-    tokens = max(1, min(T, WORKSPACE_BYTES // room))
-    p = torch.empty(tokens, leaves, H, keys, dtype=torch.bfloat16 if narrow else torch.float32, device=where)
-    top, mass = torch.empty(2, tokens, leaves, H, device=where).unbind()
-    # Of a run of one leaf these are the leaf's.
-    o, run_top, run_mass = out, lse if runs == 1 else None, None
-    if runs > 1:
-        o = torch.empty(tokens, runs, H, C, device=where)
-        if run > 1:
-            run_top, run_mass = torch.empty(2, tokens, runs, H, device=where).unbind()
-    kinds, arguments = _told(told)
+    kinds, arguments = _told(told, torch.bfloat16 if narrow and run > 1 else torch.float32)
+    out, lse = torch.empty(T, H, C, device=where), torch.empty(0 if finish else T, H, device=where)
+    sink, turn = _finishing(*finish) if finish else (None, None)
+    writes, scale = FINISHED.value if finish else PART.value, C**-0.5 * LOG2_E
     shape: dict[str, Any] = {"H": H, "C": C, "NARROW": narrow}
     constants = {
-        **kinds, **shape, "RUN": run, "BLOCK_H": block_h, "HAS_FP8": target.has_fp8, "UPCAST": target.interpreted,
+        **kinds, **shape, "KEYS": keys, "BLOCK_H": block_h, "BLOCK_C": block_c, "HAS_FP8": target.has_fp8,
+        "UPCAST": target.interpreted,
     }  # fmt: skip
-    F = 0 if turn is None else turn.shape[1]
+    last = {"WRITES": writes, "F": 0 if turn is None else turn.shape[1]}
+    merging = {**shape, **last, "TOGETHER": SEGMENT // run, "BLOCK": gpu.pow2(C, 2)}
+
+    if run == 1:
+        # Few programs: each scores for itself, and has some of the channels.
+        each = gpu.cdiv(chunks, max(1, min(chunks, SPREAD // max(1, T * leaves * blocks))))
+        sums = torch.empty(T, leaves, H, C, device=where)
+        top, mass = torch.empty(2, T, leaves, H, device=where)
+        gpu.launch(
+            attend, (T * leaves, blocks, gpu.cdiv(chunks, each)), q_THC, top, mass, sums, *arguments, leaves, each,
+            scale, **constants, variant=VARIANTS["plain"], matrix="bf16",
+        )  # fmt: skip
+        gpu.launch(merge_runs, (T, H), sums, top, mass, sink, turn, out, lse, 0, runs, **merging, variant=_HEAD)
+        return out, lse
+
+    # As many tokens at once as the workspace has room for.
+    room = H * (leaves * (keys * (2 if narrow else 4) + 8) + (4 * runs * (C + 2) if runs > 1 else 0))
+    tokens = max(1, min(T, WORKSPACE_BYTES // room))
+    p = torch.empty(tokens, leaves, H, keys, dtype=torch.bfloat16 if narrow else torch.float32, device=where)
+    top, mass = torch.empty(2, tokens, leaves, H, device=where)
+    sums, run_top, run_mass = out, lse, None
+    if runs > 1:
+        sums = torch.empty(tokens, runs, H, C, device=where)
+        run_top, run_mass = torch.empty(2, tokens, runs, H, device=where)
+    weighing, gathering = (_variant(kernel, target, narrow, C) for kernel in ("weigh", "gather"))
+    group = min(GROUP[narrow], chunks)
     for first in range(0, T, tokens):
         count = min(tokens, T - first)
         gpu.launch(
-            weigh, (count, runs, blocks), q_THC, p, top, mass, *arguments, first, leaves, C**-0.5 * LOG2_E,
-            **constants, variant=weighing, matrix="bf16",
+            weigh, (count, runs, blocks), q_THC, p, top, mass, *arguments, first, leaves, scale, RUN=run, **constants,
+            variant=weighing, matrix="bf16",
         )  # fmt: skip
         gpu.launch(
-            gather, (count, runs, blocks * chunks), p, top, mass, o, sink, turn, run_top, run_mass, *arguments, first,
-            leaves, WRITES=writes.value, F=F, **constants, variant=gathering, matrix="bf16",
+            gather, (count * blocks * gpu.cdiv(chunks, group), runs), p, top, mass, sums, sink, turn, run_top, run_mass,
+            *arguments, first, leaves, RUN=run, GROUP=group, **constants,
+            **(last if runs == 1 else {**last, "WRITES": PARTIAL.value}), variant=gathering, matrix="bf16",
         )  # fmt: skip
         if runs > 1:
-            sums = (o, top, mass) if run == 1 else (o, run_top, run_mass)
             gpu.launch(
-                merge_runs, (count, H), *sums, sink, turn, out, lse, first, runs, SEGMENT // run,
-                WRITES=PART.value if finish is None else FINISHED.value, F=F, BLOCK=gpu.pow2(C, 2), **shape,
+                merge_runs, (count, H), sums, run_top, run_mass, sink, turn, out, lse, first, runs, **merging,
                 variant=_HEAD,
             )  # fmt: skip
     return out, lse
 
 
-def _variant(kernel: str, target: gpu.Target, narrow: bool, C: int, run: int) -> Variant:
-    default = "wide" if narrow else "float32"
-    # Where a program holds a token's queries, the compiler wants few other registers on these.
-    if narrow and kernel == "weigh" and run > 1 and target.capability not in (80, 90):
-        default = "narrow"
-    chosen = gpu.chosen(kernel, f"C={C},leaves{'=1' if run == 1 else '>1'}", VARIANTS, default, target)
-    width = min(chosen.constants["BLOCK_C"], gpu.pow2(C, 16))
-    return chosen._replace(constants={**chosen.constants, "BLOCK_C": width})
+def _variant(kernel: str, target: gpu.Target, narrow: bool, C: int) -> Variant:
+    default = "ahead" if narrow and target.capability in (90, 100) else "plain"
+    return gpu.chosen(kernel, f"C={C},{'narrow' if narrow else 'float32'}", VARIANTS, default, target)
 
 
 def _finishing(sink_H: Tensor, rotation_TF: Tensor) -> tuple[Tensor, Tensor]:
@@ -193,33 +206,37 @@ def _part(source: RowSource, index_TK: Tensor, q_THC: Tensor) -> Part:
     if width != C or row_format.planes(C)[0] != (data.dtype, data.shape[-1]):
         raise RuntimeError(f"attention over rows of {C} channels: they are stored as {row_format}, {list(data.shape)}")
     if isinstance(row_format, FP8KVRows):
-        nope, wide, scale = row_format.nope, data.view(torch.bfloat16), where.planes[1]
+        nope, wide, scale = row_format.nope, data.view(torch.bfloat16), where.planes[1].view(torch.int64)
     index_TK, pool = index_TK.long().contiguous(), (data, wide, scale)
     if isinstance(where, Pages):
         table, span = where.table_BP.contiguous(), where.span_T.contiguous()
         told = Part(PAGES.value, pool, index_TK, table, span, None, table.shape[1], table.shape[0])
         return told._replace(format=row_format.name, nope=nope)
     own, slot = where.fresh_TC.float().contiguous(), where.slot_B.contiguous()
-    return Part(RING.value, pool, index_TK, slot, None, own, data.shape[1], slot.shape[0], row_format.name, nope)
+    return Part(RING.value, pool, index_TK, slot, slot, own, data.shape[1], slot.shape[0], row_format.name, nope)
 
 
-def _told(parts: Sequence[Part]) -> tuple[dict[str, Any], list[Tensor | int | None]]:
-    """Constants and arguments of the kernels for one part or two of one format.
+def _told(parts: Sequence[Part], own_dtype: torch.dtype) -> tuple[dict[str, Any], list[Tensor | int | None]]:
+    """Constants and arguments of the kernels for two parts of one format; one part has a second beside it, of no keys.
 
     What a part lacks and the other has is the other's, so that a pointer can be chosen by a number; it is not read.
     """
-    pool = next((part.pool for part in parts if part.format), (None, None, None))
-    own = next((part.own for part in parts if part.own is not None), None)
+    parts = [part if part.own is None else part._replace(own=part.own.to(own_dtype)) for part in parts]
+    if len(parts) == 1:
+        (one,) = parts
+        kind = {PAGES.value: RING.value, RING.value: PAGES.value}.get(one.kind, OWN.value)
+        own = torch.empty(1, dtype=own_dtype, device=one.index_TK.device) if one.own is None else one.own
+        nothing = one._replace(kind=kind, index_TK=one.index_TK[:, :0], own=own)
+        parts = [nothing, one] if one.kind == PAGES.value else [one, nothing]
+    a, b = parts
     arguments: list[Tensor | int | None] = []
-    for part in parts:
-        mine = own if part.own is None else part.own
-        arguments += [*(part.pool if part.format else pool), part.map, part.span, mine, part.index_TK]
-        arguments += [part.width, part.spans, part.index_TK.shape[1]]
-    kinds = {
-        "A_KIND": parts[0].kind, "B_KIND": parts[-1].kind, "FORMAT": max(part.format for part in parts),
-        "NOPE": max(part.nope for part in parts), "HAS_OWN": own is not None,
-    }  # fmt: skip
-    return kinds, arguments if len(parts) == 2 else [*arguments, *[None] * 7, 0, 0, 0]
+    for part, other in ((a, b), (b, a)):
+        arguments += part.pool if part.format else other.pool
+        arguments += [other.map if part.map is None else part.map, other.span if part.span is None else part.span]
+        arguments += [other.own if part.own is None else part.own, part.index_TK]
+        arguments += [part.width, part.spans, part.index_TK.shape[1], part.num_rows()]
+    kinds = {"A_KIND": a.kind, "B_KIND": b.kind, "FORMAT": a.format or b.format, "NOPE": max(a.nope, b.nope)}
+    return kinds, arguments
 
 
 def _is_plain(plane: Tensor) -> bool:

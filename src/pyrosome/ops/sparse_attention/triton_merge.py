@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from pyrosome.ops import device, gpu
-from pyrosome.ops.sparse_attention.triton_attend import (
+from pyrosome.ops.sparse_attention.triton_sums import (
     FINISHED,
     LOG2_E,
     LOWEST,
@@ -38,28 +38,45 @@ def _write(
     tl.store(out_ptr + at * C + channel, o, mask=channel < C)
 
 
+@triton.jit
+def _run(o_ptr, top_ptr, mass_ptr, row, head, run, runs, H: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr):
+    """(sum, maximum, mass) of a run; of one without a key nothing but a mass of -1 was written."""
+    channel = tl.arange(0, BLOCK)[None, :]
+    at = (row * runs + run) * H + head + tl.zeros((1, 1), tl.int64)
+    # What was not written is read, too: to wait for the mass first would take longer.
+    mass = tl.load(mass_ptr + at, mask=run < runs, other=-1.0)
+    top = tl.load(top_ptr + at, mask=run < runs, other=0.0)
+    o = tl.load(o_ptr + at * C + channel, mask=(run < runs) & (channel < C), other=0.0)
+    is_there = mass != -1.0
+    return tl.where(is_there, o, 0.0), tl.where(is_there, top, LOWEST), tl.where(is_there, mass, 0.0)
+
+
 @gpu.jit
 def merge_runs(
-    o_ptr, top_ptr, mass_ptr, sink_ptr, turn_ptr, out_ptr, lse_ptr, first_token, runs, together,
-    WRITES: tl.constexpr, H: tl.constexpr, C: tl.constexpr, F: tl.constexpr, NARROW: tl.constexpr, BLOCK: tl.constexpr,
+    o_ptr, top_ptr, mass_ptr, sink_ptr, turn_ptr, out_ptr, lse_ptr, first_token, runs,
+    WRITES: tl.constexpr, TOGETHER: tl.constexpr, H: tl.constexpr, C: tl.constexpr, F: tl.constexpr,
+    NARROW: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Program (token, head): so many runs together as one program would have taken, then those, each in order."""
+    """Program (token, head): so many runs TOGETHER as one program would have taken, then those, each in order."""
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    channel = tl.arange(0, BLOCK)[None, :]
     o, mass = tl.zeros((1, BLOCK), tl.float32), tl.zeros((1, 1), tl.float32)
     top = mass + LOWEST
-    for start in range(0, runs, together):
+    BATCH: tl.constexpr = TOGETHER if TOGETHER < 8 else 8  # are asked for before the first is used
+    for start in range(0, runs, TOGETHER):
         own_o, own_mass = tl.zeros((1, BLOCK), tl.float32), tl.zeros((1, 1), tl.float32)
         own_top = own_mass + LOWEST
-        for run in tl.range(start, tl.minimum(start + together, runs), num_stages=4):
-            at = (row * runs + run) * H + head + tl.zeros((1, 1), tl.int64)
-            run_mass = tl.load(mass_ptr + at)
-            is_there = run_mass != -1.0  # else nothing was written
-            run_o = tl.load(o_ptr + at * C + channel, mask=is_there & (channel < C), other=0.0)
-            run_top = tl.load(top_ptr + at, mask=is_there, other=LOWEST)
-            run_mass = tl.where(is_there, run_mass, 0.0)
-            own_top, own_mass, share, run_share = joined(own_top, own_mass, run_top, run_mass)
-            own_o = tl.fma(own_o, share, run_o * run_share)
+        if TOGETHER == 1:
+            own_o, own_top, own_mass = _run(o_ptr, top_ptr, mass_ptr, row, head, start, runs, H, C, BLOCK)
+        else:
+            for low in range(start, tl.minimum(start + TOGETHER, runs), BATCH):
+                several = ()
+                for j in tl.static_range(BATCH):
+                    one = _run(o_ptr, top_ptr, mass_ptr, row, head, low + j, runs, H, C, BLOCK)
+                    several = several + (one,)  # type: ignore[assignment]  # noqa: RUF005
+                for j in tl.static_range(BATCH):
+                    run_o, run_top, run_mass = several[j]  # type: ignore[var-annotated]
+                    own_top, own_mass, share, run_share = joined(own_top, own_mass, run_top, run_mass)
+                    own_o = tl.fma(own_o, share, run_o * run_share)
         top, mass, share, own_share = joined(top, mass, own_top, own_mass)
         o = tl.fma(o, share, own_o * own_share)
     _write(o, top, mass, first_token + row, head, sink_ptr, turn_ptr, out_ptr, lse_ptr, WRITES, H, C, F, NARROW, BLOCK)
@@ -68,7 +85,10 @@ def merge_runs(
 @triton.jit
 def _as_sum(lse):
     """(top, mass) of a part whose sum is divided by its mass already; what is no number stays none."""
-    return tl.maximum(lse, LOWEST) * LOG2_E, tl.where(lse == float("-inf"), 0.0, tl.where(lse == lse, 1.0, lse))
+    # `fma`, so that no compiler fuses the product with what follows: a part by itself has a share of 1.
+    return tl.fma(tl.maximum(lse, LOWEST), LOG2_E, 0.0), tl.where(
+        lse == float("-inf"), 0.0, tl.where(lse == lse, 1.0, lse)
+    )
 
 
 @gpu.jit
