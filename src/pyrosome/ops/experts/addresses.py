@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pyrosome.quant import QuantTensor
 
-CODES_PER_WORD = 8
+CODES_PER_WORD = {"fp4": 8, "fp8": 4}  # 32 bits
+MOST_KNOWN = 4096
 _KINDS = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 
 
@@ -39,6 +40,9 @@ def addresses_of(weights: Sequence[Tensor | QuantTensor]) -> Addresses | None:
     Raises:
         RuntimeError: the shapes are not those of experts.
     """
+    said = tuple(map(_facts, weights))
+    if found := _known.get(said):
+        return found._replace(planes=_stored(weights))
     kinds = {kind_of(w) for w in weights}
     kind = kinds.pop()
     if kinds or not kind:
@@ -58,23 +62,41 @@ def addresses_of(weights: Sequence[Tensor | QuantTensor]) -> Addresses | None:
     aligned = all(at % 16 == 0 and step % 16 == 0 for at, step in places)
     device = weights[0].device
     table = torch.empty(6, E, dtype=torch.int64, device="meta") if device.type == "meta" else _table(places, E, device)
-    return Addresses(table, kind, D, I, aligned, planes)
+    found = Addresses(table, kind, D, I, aligned, planes)
+    if all(mine is given for mine, given in zip(planes, _stored(weights), strict=True)):
+        if len(_known) >= MOST_KNOWN:
+            _known.clear()
+        _known[said] = found._replace(planes=())
+    return found
+
+
+def _facts(weight: Tensor | QuantTensor) -> tuple[Any, ...]:
+    """All that addresses follow from, as fast as it can be asked: every layer asks in every step."""
+    planes = (weight,) if isinstance(weight, Tensor) else (weight.data, weight.scale)
+    said = ((p.data_ptr(), p.shape, p.stride(), p.dtype) for p in planes)
+    return (type(weight), "" if isinstance(weight, Tensor) else weight.format, weight.device, *said)
+
+
+def _stored(weights: Sequence[Tensor | QuantTensor]) -> tuple[Tensor | None, ...]:
+    return tuple(p for w in weights for p in ((w, None) if isinstance(w, Tensor) else (w.data, w.scale)))
 
 
 def kind_of(weight: Tensor | QuantTensor) -> str:
     """How kernels read it; "" where they do not."""
     if isinstance(weight, Tensor):
         return _KINDS.get(weight.dtype, "")
-    if type(weight) is not QuantTensor or (weight.format == "fp4" and weight.shape[-1] % CODES_PER_WORD):
+    if type(weight) is not QuantTensor or weight.shape[-1] % CODES_PER_WORD.get(weight.format, 1):
         return ""
-    return weight.format if weight.format in ("fp8", "fp4") else ""
+    return weight.format if weight.format in CODES_PER_WORD else ""
 
 
 def _planes(weight: Tensor | QuantTensor, lead: int) -> tuple[Tensor, Tensor | None]:
-    """Data and scale, each expert's one piece; FP4 is read by words, and begins where one may."""
+    """Data and scale, each expert's one piece; codes are read by words, and begin where one may."""
     if isinstance(weight, Tensor):
         return _in_pieces(weight, lead), None
-    data = weight.data.clone() if weight.format == "fp4" and weight.data.data_ptr() % 4 else weight.data
+    data, apart = weight.data, weight.data.stride(0) if lead else 0
+    if data.data_ptr() % 4 or apart % 4:
+        data = data.clone(memory_format=torch.contiguous_format)
     return _in_pieces(data, lead), _in_pieces(weight.scale, lead)
 
 
@@ -84,7 +106,10 @@ def _in_pieces(plane: Tensor, lead: int) -> Tensor:
     return plane if one_piece or plane.numel() == 0 else plane.contiguous()
 
 
-@functools.lru_cache(maxsize=4096)
+_known: dict[tuple[Any, ...], Addresses] = {}  # of experts that are not copied, without their planes
+
+
+@functools.lru_cache(maxsize=MOST_KNOWN)
 def _table(places: tuple[tuple[int, int], ...], num: int, device: torch.device) -> Tensor:
     # What it says follows from its key alone: where memory is used again, so is its table, and rightly.
     return torch.tensor([[at + e * step for e in range(num)] for at, step in places], dtype=torch.int64).to(device)

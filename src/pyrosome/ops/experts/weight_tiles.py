@@ -1,9 +1,9 @@
 """A tile of a stored weight in registers, as values that a matrix instruction takes.
 
 Codes become bfloat16 by their bits: put where bfloat16 has its lowest exponents, a code is its value times a power of
-two, subnormal codes included, and two multiplications by powers of two give value times scale.  FP4 codes are moved two
-at a time, and lie as `word_order` says.  Every step is exact; the interpreter has no bfloat16 arithmetic and multiplies
-in float32 instead.
+two, subnormal codes included, and two multiplications by powers of two give value times scale.  bfloat16 products keep
+subnormal numbers (PTX has no form of them that does not).  Codes are moved two at a time, and lie as `word_order` says.
+Every step is exact; the interpreter has no bfloat16 arithmetic and multiplies in float32 instead.
 Shape letters: N output rows and K inputs of a tile.
 """
 
@@ -22,22 +22,30 @@ def weight_tile(
 ):  # fmt: skip
     """Values [BLOCK_N, BLOCK_K] of a matrix [ROWS, INPUTS]: rows from `row` on, a block of inputs, zeros past it.
 
-    FP4 is in word order.  bfloat16 for a `device.dot`, but float32 for FORMAT "f32" and "f16" (and under UPCAST).
+    Codes are in word order, and those of FP8 still want `block_scale`.  bfloat16 for a `device.dot`, but float32 for
+    FORMAT "f32" and "f16" (and under UPCAST).
     """
     if FORMAT == "fp4":
         words = data.to(tl.pointer_type(tl.int32))
         word = _tile(words, row, block * (BLOCK_K // 8), ROWS, INPUTS // 8, BLOCK_N, BLOCK_K // 8)
+        # Where a block is 256 inputs, a thread has four of these bytes: enough to be copied ahead of their use.
         exponent = _tile(scale, row, block * (BLOCK_K // 32), ROWS, (INPUTS + 31) // 32, BLOCK_N, BLOCK_K // 32)
         return fp4_values(word, exponent, BLOCK_N, BLOCK_K, UPCAST)
     elif FORMAT == "fp8":  # noqa: RET505  (what is not compiled has other types)
         tl.static_assert(BLOCK_N <= 128 and BLOCK_K <= 128, "a tile lies in one block of 128 x 128")
-        byte = _tile(data, row, block * BLOCK_K, ROWS, INPUTS, BLOCK_N, BLOCK_K)
-        exponent = tl.load(scale + (row // 128) * ((INPUTS + 127) // 128) + block * BLOCK_K // 128)
-        return fp8_values(byte, exponent, UPCAST)
+        words = data.to(tl.pointer_type(tl.int32))
+        word = _tile(words, row, block * (BLOCK_K // 4), ROWS, INPUTS // 4, BLOCK_N, BLOCK_K // 4)
+        return fp8_values(word, BLOCK_N, BLOCK_K, UPCAST)
     elif FORMAT == "bf16" and not UPCAST:
         return _tile(data, row, block * BLOCK_K, ROWS, INPUTS, BLOCK_N, BLOCK_K)
     else:
         return _tile(data, row, block * BLOCK_K, ROWS, INPUTS, BLOCK_N, BLOCK_K).to(tl.float32)
+
+
+@triton.jit
+def block_scale(scale, row, block, INPUTS: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The scale of the tile of FP8 codes, for the sums of its products."""
+    return decode_e8m0(tl.load(scale + (row // 128) * ((INPUTS + 127) // 128) + block * BLOCK_K // 128))
 
 
 @triton.jit
@@ -60,29 +68,45 @@ def fp4_values(word, exponent, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, UPC
 
 @triton.jit
 def _pair(bits, exponent, UPCAST: tl.constexpr):
-    return tl.join(_scaled(bits, exponent, 126, UPCAST), _scaled(bits >> 16, exponent, 126, UPCAST))
+    return tl.join(_scaled(bits, exponent, UPCAST), _scaled(bits >> 16, exponent, UPCAST))
 
 
 @triton.jit
-def fp8_values(byte, exponent, UPCAST: tl.constexpr):
-    """Values of e4m3 codes under E8M0, both uint8."""
-    code = byte.to(tl.int32)
-    size = code & 0x7F
-    # Bits 4 to 10 are e4m3 times 2^-120, as bfloat16; what e4m3 calls NaN is made one.
-    bits = tl.where(size == 127, 0x7FC0, size << 4) | ((code & 0x80) << 8)
-    return _scaled(bits, exponent, 120, UPCAST)
-
-
-@triton.jit
-def _scaled(bits, exponent, RAISE: tl.constexpr, UPCAST: tl.constexpr):
-    """The bfloat16 of the lower half of `bits` (int32) times 2^RAISE, times the scale of an E8M0 byte."""
+def _scaled(bits, exponent, UPCAST: tl.constexpr):
+    """The bfloat16 of the lower half of `bits` (int32) times 2^126, times the scale of an E8M0 byte."""
+    raised = _raised(bits, 126, UPCAST)
     if UPCAST:
-        raised = float_of(bits << 16) * float_of(tl.full([], (RAISE + 127) << 23, tl.int32))
         return raised * decode_e8m0(exponent)
     else:  # noqa: RET505
         e = exponent.to(tl.int32)
-        scale = tl.where(e == 0, 0x40, tl.where(e == 255, 0x7FC0, e << 7))
-        return _bf16_of(bits) * _bf16_of(tl.full([], (RAISE + 127) << 7, tl.int32)) * _bf16_of(scale)
+        return raised * _bf16_of(tl.where(e == 0, 0x40, tl.where(e == 255, 0x7FC0, e << 7)))
+
+
+@triton.jit
+def fp8_values(word, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, UPCAST: tl.constexpr):
+    """Values [N, K], in word order, of e4m3 int32 [N, K / 4]."""
+    word = tl.reshape(word, [BLOCK_N, BLOCK_K // 16, 4])
+    even = _e4m3_pair((word << 4) & 0x07F007F0, (word << 8) & -0x7FFF8000)
+    odd = _e4m3_pair((word >> 4) & 0x07F007F0, word & -0x7FFF8000)
+    v0 = tl.join(_raised(even, 120, UPCAST), _raised(even >> 16, 120, UPCAST))
+    v1 = tl.join(_raised(odd, 120, UPCAST), _raised(odd >> 16, 120, UPCAST))
+    value = tl.join(v0, v1)  # [N, groups, word, half, 2]
+    return tl.reshape(tl.permute(value, [0, 1, 4, 2, 3]), [BLOCK_N, BLOCK_K])
+
+
+@triton.jit
+def _e4m3_pair(size, sign):
+    """Two bfloat16: bits 4 to 10 are e4m3 times 2^-120; what e4m3 calls NaN, seven ones, gets every exponent bit."""
+    return (size + ((size + 0x00100010) & 0x08000800) * 15) | sign
+
+
+@triton.jit
+def _raised(bits, RAISE: tl.constexpr, UPCAST: tl.constexpr):
+    """The bfloat16 of the lower half of `bits` (int32) times 2^RAISE."""
+    if UPCAST:
+        return float_of(bits << 16) * float_of(tl.full([], (RAISE + 127) << 23, tl.int32))
+    else:  # noqa: RET505
+        return _bf16_of(bits) * _bf16_of(tl.full([], (RAISE + 127) << 7, tl.int32))
 
 
 @triton.jit

@@ -1,10 +1,10 @@
-"""Rows in the order in which FP4 words are decoded.
+"""Rows in the order in which words of codes are decoded.
 
-A 32-bit word has eight codes.  Codes i and i + 4 lie 16 bits apart, as the two bfloat16 of a register do: so a shift
-and a mask bring two of them into place.  A matrix instruction takes its left operand in pairs, of which neighbouring
-threads have one each; with the inputs of a group of 32 in the order (code i, word q, half h) for input 8 q + 4 h + i, a
-thread's pairs all come from one word, and nothing moves between threads.  A product does not ask in which order its
-inputs are, as long as both operands have the same.
+A 32-bit word has C codes: eight of FP4, four of FP8.  Codes i and i + C / 2 lie 16 bits apart, as the two bfloat16 of
+a register do: so a shift and a mask bring two of them into place.  A matrix instruction takes its left operand in
+pairs, of which neighbouring threads have one each; with the inputs of four words in the order (code i, word q, half h)
+for input C q + C / 2 h + i, a thread's pairs all come from one word, and nothing moves between threads.  A product does
+not ask in which order its inputs are, as long as both operands have the same.
 Shape letters: M rows, K channels, P of them with padding.
 """
 
@@ -23,33 +23,41 @@ from pyrosome.ops.linear.quantize import fp8_groups, padded
 _PIECE = Variant("piece", {"BLOCK": 1024}, warps=4, stages=1)
 
 
-def ordered_rows(x_MK: Tensor, *, rounded: bool) -> Tensor:
-    """Rows in word order, zeros past K: rounded to FP8, bfloat16 [M, P], or in three parts, bfloat16 [3, M, P]."""
+def ordered_rows(x_MK: Tensor, codes: int, *, rounded: bool) -> Tensor:
+    """Rows in the order of words of so many codes, zeros past K.
+
+    Rounded to FP8, bfloat16 [M, P], or in three parts, bfloat16 [3, M, P].
+    """
     M, K = x_MK.shape
     P = padded(K)
     out = x_MK.new_empty((M, P) if rounded else (3, M, P), dtype=torch.bfloat16)
     grid = (M, gpu.cdiv(P, _PIECE.constants["BLOCK"]))
-    gpu.launch(_ordered, grid, x_MK.contiguous(), out, M, K=K, P=P, ROUND=rounded, variant=_PIECE)
+    gpu.launch(_ordered, grid, x_MK.contiguous(), out, M, K, CODES=codes, ROUND=rounded, variant=_PIECE)
     return out
 
 
 @triton.jit
-def input_at(place):
+def input_at(place, CODES: tl.constexpr):
     """Which input is at a place of word order."""
-    return (place & -32) | ((place >> 1) & 3) * 8 | (place & 1) * 4 | ((place >> 3) & 3)
+    HALF: tl.constexpr = CODES // 2
+    within = place % (4 * CODES)
+    return place - within + (within // 2) % 4 * CODES + within % 2 * HALF + within // 8
 
 
 @triton.jit
-def place_of(input):
+def place_of(input, CODES: tl.constexpr):
     """Where an input is in word order."""
-    return (input & -32) | (input & 3) * 8 | ((input >> 3) & 3) * 2 | ((input >> 2) & 1)
+    HALF: tl.constexpr = CODES // 2
+    within = input % (4 * CODES)
+    return input - within + within % HALF * 8 + within // CODES * 2 + within // HALF % 2
 
 
 @gpu.jit
-def _ordered(x_ptr, out_ptr, M, K: tl.constexpr, P: tl.constexpr, ROUND: tl.constexpr, BLOCK: tl.constexpr):
+def _ordered(x_ptr, out_ptr, M, K, CODES: tl.constexpr, ROUND: tl.constexpr, BLOCK: tl.constexpr):
+    P = (K + 127) // 128 * 128
     row = tl.program_id(0).to(tl.int64)
     place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    channel = input_at(place)
+    channel = input_at(place, CODES)
     x = tl.load(x_ptr + row * K + channel, mask=channel < K, other=0.0)
     at = out_ptr + row * P + place
     if ROUND:
