@@ -22,7 +22,7 @@ from pyrosome.ops.sparse_attention.triton_attend import attend, weigh
 from pyrosome.ops.sparse_attention.triton_gather import gather
 from pyrosome.ops.sparse_attention.triton_merge import join_parts, merge_runs
 from pyrosome.ops.sparse_attention.triton_rows import OWN, PAGE_ROWS, PAGES, RING
-from pyrosome.ops.sparse_attention.triton_sums import FINISHED, PART, PARTIAL
+from pyrosome.ops.sparse_attention.triton_sums import FINISHED, PART
 from pyrosome.quant.rows import FP8KVRows
 
 KEYS = {True: 64, False: 16}  # of a leaf, over narrow rows and over others
@@ -148,7 +148,7 @@ def _attend(
     tokens = max(1, min(T, WORKSPACE_BYTES // room))
     p = torch.empty(tokens, leaves, H, keys, dtype=torch.bfloat16 if narrow else torch.float32, device=where)
     top, mass = torch.empty(2, tokens, leaves, H, device=where)
-    sums, run_top, run_mass = out, lse, None
+    sums, run_top, run_mass = out, lse, lse
     if runs > 1:
         sums = torch.empty(tokens, runs, H, C, device=where)
         run_top, run_mass = torch.empty(2, tokens, runs, H, device=where)
@@ -163,7 +163,7 @@ def _attend(
         gpu.launch(
             gather, (count * blocks * gpu.cdiv(chunks, group), runs), p, top, mass, sums, sink, turn, run_top, run_mass,
             *arguments, first, leaves, RUN=run, GROUP=group, **constants,
-            **(last if runs == 1 else {**last, "WRITES": PARTIAL.value}), variant=gathering, matrix="bf16",
+            **last, variant=gathering, matrix="bf16",
         )  # fmt: skip
         if runs > 1:
             gpu.launch(

@@ -14,8 +14,6 @@ from pyrosome.ops.sparse_attention.triton_rows import KV_GROUP, keys_of, raw_row
 from pyrosome.ops.sparse_attention.triton_sums import (
     FINISHED,
     LOWEST,
-    PART,
-    PARTIAL,
     TINY,
     joined,
     kept,
@@ -33,7 +31,7 @@ def _gather(
 ):  # fmt: skip
     """COUNT chunks of channels from `low`, the first CODED of them in e4m3."""
     BLOCK_H: tl.constexpr = head.shape[0]
-    inner, inside, run = tl.arange(0, KEYS), head < H, tl.program_id(1)
+    inner, inside = tl.arange(0, KEYS), head < H
     none = tl.zeros((BLOCK_H, BLOCK_C), tl.float32)
     top, mass = tl.zeros((BLOCK_H,), tl.float32) + LOWEST, tl.zeros((BLOCK_H,), tl.float32)
     o = ()
@@ -66,34 +64,35 @@ def _gather(
             sums = sums + (tl.fma(o[j], share[:, None], value * leaf_share[:, None]),)  # type: ignore[assignment]  # noqa: RUF005
         o = sums
         _, place, own = keys_of(token, leaf + 1, a, b, A_KIND, B_KIND, KEYS)
-    # A part that is complete is one run: it joins nothing, as `merge_runs` would join it.
-    lowest = tl.zeros((BLOCK_H,), tl.float32) + LOWEST
-    whole_top, whole_mass, share, run_share = joined(lowest, lowest * 0.0, top, mass)
-    if WRITES == PARTIAL:
-        at = (row * tl.num_programs(1) + run) * H + head
+    channel = tl.arange(0, BLOCK_C).to(tl.int64)[None, :]
+    if tl.num_programs(1) > 1:
+        at = (row * tl.num_programs(1) + tl.program_id(1)) * H + head
         if low == 0:
             tl.store(run_top_ptr + at, top, mask=inside)
             tl.store(run_mass_ptr + at, tl.where(stop > first, mass, -1.0), mask=inside)
+        to = out_ptr + (at[:, None] * C + channel) + low
+        for j in tl.static_range(COUNT):
+            tl.store(to + j * BLOCK_C, o[j], mask=inside[:, None] & (channel < C - low - j * BLOCK_C))
     else:
+        # As `merge_runs` would join the one run to nothing.
+        lowest = tl.zeros((BLOCK_H,), tl.float32) + LOWEST
+        top, mass, share, run_share = joined(lowest, lowest * 0.0, top, mass)
         at = token * H + head
-        if WRITES == PART and low == 0:
-            tl.store(run_top_ptr + at, log_mass(whole_top, whole_mass), mask=inside)
-    if WRITES == FINISHED:
-        whole = kept(whole_top, whole_mass, tl.load(sink_ptr + head, mask=inside, other=0.0))
-    else:
-        whole = 1.0 / tl.maximum(whole_mass, TINY)
-    channel = tl.arange(0, BLOCK_C).to(tl.int64)[None, :]
-    for j in tl.static_range(COUNT):
-        sums = o[j]
-        if WRITES != PARTIAL:
-            sums = tl.fma(none, share[:, None], sums * run_share[:, None]) * whole[:, None]
         if WRITES == FINISHED:
-            if (j >= CODED) or (2 * F > C - NOPE):
-                sums = turned_back(sums, turn_ptr + token * 2 * F, low + j * BLOCK_C, C, F)
-            if NARROW:
-                sums = device.round_bf16(sums)
-        to = out_ptr + (at[:, None] * C + channel) + (low + j * BLOCK_C)
-        tl.store(to, sums, mask=inside[:, None] & (channel < C - low - j * BLOCK_C))
+            whole = kept(top, mass, tl.load(sink_ptr + head, mask=inside, other=0.0))
+        else:
+            whole = 1.0 / tl.maximum(mass, TINY)
+            if low == 0:
+                tl.store(run_top_ptr + at, log_mass(top, mass), mask=inside)
+        to = out_ptr + (at[:, None] * C + channel) + low
+        for j in tl.static_range(COUNT):
+            sums = tl.fma(none, share[:, None], o[j] * run_share[:, None]) * whole[:, None]
+            if WRITES == FINISHED:
+                if (j >= CODED) or (2 * F > C - NOPE):
+                    sums = turned_back(sums, turn_ptr + token * 2 * F, low + j * BLOCK_C, C, F)
+                if NARROW:
+                    sums = device.round_bf16(sums)
+            tl.store(to + j * BLOCK_C, sums, mask=inside[:, None] & (channel < C - low - j * BLOCK_C))
 
 
 @gpu.jit
@@ -109,8 +108,9 @@ def gather(
 ):  # fmt: skip
     """Program (token x block of heads x group of GROUP chunks, run): what `weigh` left, times the values.
 
-    PARTIAL writes the sums [T, runs, H, C] of the run with its maximum and mass [T, runs, H], a mass of -1 where it has
-    no key; FINISHED the attention with sink and rotation; PART the attention without and, as `run_top`, its log mass.
+    Of several runs it writes the sums [T, runs, H, C] with the maximum and mass [T, runs, H], a mass of -1 where there
+    is no key.  Of one it writes the attention: FINISHED with sink and rotation; PART without and, as `run_top`, its log
+    mass.
     """
     CHUNKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     GROUPS: tl.constexpr = (CHUNKS + GROUP - 1) // GROUP

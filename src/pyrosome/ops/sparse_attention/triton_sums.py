@@ -10,7 +10,7 @@ import triton.language as tl
 
 from pyrosome.ops import device
 
-PARTIAL, FINISHED, PART = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # what is written
+FINISHED, PART = tl.constexpr(0), tl.constexpr(1)  # what is written at last
 LOWEST = tl.constexpr(-1.0e38)  # stands for a maximum of nothing: finite, so that differences are numbers
 LOG2_E, LN_2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
 TINY = tl.constexpr(1.1754943508222875e-38)  # the least normal number, as the definition's
