@@ -27,6 +27,7 @@ NOT_DIFFERENTIATED = {
     "rotation": "of positions, which are integers",
     "store_rows": "writes into a cache",
     "as_stored": "what a cache gives back",
+    "choose_tokens": "tokens are numbers of a list",
 }
 T, H, C, D, J = 4, 2, 8, 6, 3
 
