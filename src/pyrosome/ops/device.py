@@ -43,15 +43,6 @@ def decode_e8m0(byte):
 
 
 @triton.jit
-def ceil_pow2(x):
-    """(float32 scale, E8M0 byte as int32): 2^ceil(log2(x)) of positive x, at least 2^-126; NaN above 2^127."""
-    bits = bits_of(x) & 0x7FFFFFFF
-    exponent = ((bits - 1) >> 23) + 1
-    exponent = tl.minimum(tl.maximum(exponent, 1), 255)
-    return float_of((exponent << 23) | (((exponent + 1) >> 8) << 22)), exponent
-
-
-@triton.jit
 def size_bits(x):
     """The bits of |x| as int32: they are ordered as magnitudes are, with NaN above infinity, so a maximum keeps it."""
     return bits_of(x) & 0x7FFFFFFF
@@ -98,8 +89,7 @@ def decode_e4m3(byte):
 @triton.jit
 def encode_e4m3(x):
     """e4m3 codes (int32) of float32 x of magnitudes up to 448, to nearest, ties to even; NaN is 127."""
-    bits = bits_of(x)
-    size = bits & 0x7FFFFFFF
+    bits, size = bits_of(x), size_bits(x)
     # A normal number keeps 3 bits of its mantissa: half of the last one less 1, plus it, rounds ties to even.
     normal = ((size + 0x7FFFF + ((size >> 20) & 1)) >> 20) - (120 << 3)
     # Below 2^-6 codes count 2^-9: adding 1.5 x 2^14 leaves that count in the lowest bits.
@@ -113,17 +103,14 @@ def encode_e4m3(x):
 def decode_e2m1(code):
     """float32 values of e2m1 codes (integers whose lowest 4 bits count)."""
     c = code.to(tl.int32)
-    size = c & 7
-    # Two exponent bits and one of mantissa; code 1 is the one subnormal, 0.5.
-    bits = tl.where(size > 1, (size << 22) + (126 << 23), size * (126 << 23))
-    return float_of(bits | ((c & 8) << 28))
+    # As a float32 the three bits of magnitude count from 2^-126, subnormal below it.
+    return float_of(((c << 22) & (7 << 22)) | ((c << 28) & -2147483648)) * 8.507059173023462e37  # 2^126
 
 
 @triton.jit
 def encode_e2m1(x):
     """e2m1 codes (int32) of float32 x of magnitudes up to 6, to nearest, ties to even; a zero keeps its sign."""
-    bits = bits_of(x)
-    size = float_of(bits & 0x7FFFFFFF)
+    bits, size = bits_of(x), float_of(size_bits(x))
     # Adding 1.5 x 2^(e + 22) rounds to a multiple of 2^(e - 1) and leaves the count in the lowest bits.
     exponent = tl.maximum(bits & 0x7F800000, 127 << 23)
     rounded = bits_of(size + float_of(exponent + ((22 << 23) | (1 << 22))))
@@ -135,7 +122,7 @@ def to_bf16_bits(x):
     """The bits (int32) of float32 x rounded to bfloat16, ties to even."""
     bits = bits_of(x)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
-    return tl.where((bits & 0x7FFFFFFF) > 0x7F800000, bits | 0x400000, rounded)
+    return tl.where(size_bits(x) > 0x7F800000, bits | 0x400000, rounded)
 
 
 @triton.jit

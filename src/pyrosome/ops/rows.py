@@ -33,8 +33,11 @@ class RowSource(Protocol):
 NARROW = ("bf16", "fp8")
 
 
+PAGE_ROWS = 64  # places of a page (`cache.streams`, which stands above)
+
+
 class Pages(NamedTuple):
-    """Rows in pages of `cache.streams.PAGE_ROWS` places each, as a kernel that knows how they are stored reads them."""
+    """Rows in pages of `PAGE_ROWS` places each, as a kernel that knows how they are stored reads them."""
 
     planes: tuple[Tensor, ...]  # [places, bytes or elements]
     row_format: RowFormat

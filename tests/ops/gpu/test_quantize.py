@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pyrosome.ops.linear.quantize import padded, prepared_rows, quantized_rows, rounded_rows
+from pyrosome.ops.linear.quantize import padded, prepared_rows
 from pyrosome.quant import e8m0_to_float, quantize_activation, round_activation
 from tests.ops.gpu.held import DEVICE, rms, same_bits
 
@@ -21,6 +21,18 @@ def drawn(M: int, K: int, seed: int = 0) -> torch.Tensor:
             :, :K
         ]
     )
+
+
+def quantized_rows(x: torch.Tensor, norm: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    rows = prepared_rows(x, norm, codes=True)
+    assert rows.codes_MP is not None and rows.scale_MG is not None
+    return rows.codes_MP, rows.scale_MG
+
+
+def rounded_rows(x: torch.Tensor, norm: torch.Tensor | None = None) -> torch.Tensor:
+    rows = prepared_rows(x, norm, rounded=True)
+    assert rows.rounded_MP is not None
+    return rows.rounded_MP
 
 
 def normed(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

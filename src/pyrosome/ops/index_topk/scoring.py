@@ -18,10 +18,11 @@ from torch import Tensor
 
 from pyrosome.ops import device, gpu
 from pyrosome.ops.gpu import Target, Variant
+from pyrosome.ops.rows import PAGE_ROWS as PAGE_ROWS
+from pyrosome.quant.rows import INDEX_GROUP
 
-PAGE_ROWS = 64  # rows of a page of a cache (`cache.streams`)
 TOKENS = 64  # most tokens of a program
-GROUP = tl.constexpr(32)  # channels that share a scale
+GROUP = tl.constexpr(INDEX_GROUP)
 PROGRAMS = 512  # enough for any device; more tokens to a program then spare it decoding keys
 # A warp has as many rows and heads in both: so the sum over heads is in one order.  Of three stages the queries after
 # next are on their way while a token's are multiplied; of two, the next would be asked for when they are done.
@@ -70,14 +71,8 @@ def _fp4_rows(
     scale = device.decode_e8m0(scale)[:, :, None]
     offset = place[:, None, None] * ROW + (group * (GROUP // 2))[None, :, None] + byte[None, None, :]
     code = tl.load(codes_ptr + offset, mask=loaded[:, :, None], other=0).to(tl.int32)
-    rows = tl.join(_e2m1(code) * scale, _e2m1(code >> 4) * scale)
+    rows = tl.join(device.decode_e2m1(code) * scale, device.decode_e2m1(code >> 4) * scale)
     return device.narrow(tl.reshape(rows, (BLOCK_N, CHANNELS)), UPCAST)  # narrowed last: else sm_100 does not compile
-
-
-@triton.jit
-def _e2m1(code):
-    """As `device.decode_e2m1`, in fewer steps: as a float32 the three bits count from 2^-126, subnormal below it."""
-    return device.float_of(((code << 22) & (7 << 22)) | ((code << 28) & -2147483648)) * 8.507059173023462e37  # 2^126
 
 
 @triton.jit

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pyrosome.ops import gpu
-from pyrosome.ops.device import bits_of, decode_e4m3, encode_e4m3, float_of, split3
+from pyrosome.ops.device import decode_e4m3, encode_e4m3, fp8_scale, size_bits, split3
 from pyrosome.ops.gpu import Variant
 from pyrosome.quant.activation import ACTIVATION_GROUP as GROUP
 
@@ -41,23 +41,6 @@ class Rows(NamedTuple):
 def padded(K: int) -> int:
     """K, rounded up to whole groups of channels."""
     return gpu.cdiv(K, GROUP) * GROUP
-
-
-def quantized_rows(x_MK: Tensor, norm_K: Tensor | None = None, eps: float = 0.0) -> tuple[Tensor, Tensor]:
-    """(e4m3 codes uint8 [M, P], float32 scales [M, G]) of float32 rows: `quantize_activation`, behind a norm if given.
-
-    P is K rounded up to whole groups; codes past K are 0.
-    """
-    rows = prepared_rows(x_MK, norm_K, eps, codes=True)
-    assert rows.codes_MP is not None and rows.scale_MG is not None
-    return rows.codes_MP, rows.scale_MG
-
-
-def rounded_rows(x_MK: Tensor, norm_K: Tensor | None = None, eps: float = 0.0) -> Tensor:
-    """bfloat16 [M, P]: the values of `quantized_rows`, which bfloat16 holds exactly."""
-    rows = prepared_rows(x_MK, norm_K, eps, rounded=True)
-    assert rows.rounded_MP is not None
-    return rows.rounded_MP
 
 
 def prepared_rows(
@@ -145,12 +128,5 @@ def _rows(
 @triton.jit
 def fp8_groups(x):
     """(e4m3 codes [G, 128] as int32, float32 scales [G]) of float32 x [G, 128]: `quant.quantize_activation`."""
-    largest = tl.max(bits_of(x) & 0x7FFFFFFF, axis=1)
-    # A group is scaled as if its largest magnitude were at least 1e-4, whose bits these are.
-    largest = tl.maximum(largest, 0x38D1B717)
-    # 448 is 1.75 x 2^8: a mantissa above 1.75 carries into the exponent, and its quotient is above a power of two.
-    exponent = ((largest + 0x1FFFFF) >> 23) - 8
-    lost = largest >= 0x7F800000
-    scale = float_of(tl.where(lost, 0x7FC00000, exponent << 23))
-    inverse = float_of(tl.where(lost, 0x7FC00000, (254 - exponent) << 23))
+    scale, inverse, _ = fp8_scale(tl.max(size_bits(x), axis=1))
     return encode_e4m3(x * inverse[:, None]), scale

@@ -11,9 +11,11 @@ import triton
 import triton.language as tl
 
 from pyrosome.ops import device
+from pyrosome.ops.rows import PAGE_ROWS as _PAGE_ROWS
+from pyrosome.quant.rows import KV_GROUP as _KV_GROUP
 
-PAGE_ROWS = tl.constexpr(64)
-KV_GROUP = tl.constexpr(64)  # channels that share a scale; a chunk of channels is one, or a part of one
+PAGE_ROWS = tl.constexpr(_PAGE_ROWS)
+KV_GROUP = tl.constexpr(_KV_GROUP)  # a chunk of channels is such a group, or a part of one
 PAGES, RING, OWN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # where a part's rows are
 NOTHING, OUTSIDE = tl.constexpr(-1), tl.constexpr(-2)  # an index that names no row, and one past all rows
 # Its pool, the same as bfloat16, scales as int64; page tables or slots of spans; the span of each token; this step's
