@@ -12,6 +12,7 @@ Shape letters: T tokens, V vocabulary.
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import sys
 import time
@@ -31,8 +32,9 @@ from pyrosome.engine.loaded import load_model
 from pyrosome.engine.runner import Runner
 from pyrosome.model.build import Network, fill
 from pyrosome.model.numerics import TRAINED
-from pyrosome.quant import FORMATS, QuantTensor
+from pyrosome.quant import QuantTensor
 from pyrosome.testing import filled
+from pyrosome.testing.coded import coded
 
 RESULTS = Path(__file__).parent / "results" / "gpu.jsonl"
 GOLDEN = Path(__file__).parent.parent / "tests" / "data" / "golden"
@@ -61,25 +63,16 @@ def random_weights(config: ModelConfig, device: torch.device) -> Iterator[tuple[
 def _random(config: ModelConfig, spec: TensorSpec, device: torch.device, g: torch.Generator) -> Tensor | QuantTensor:
     kind = {"expert": "fp4", "matrix": "fp8"}.get(spec.kind)
     if spec.kind == "table":
-        shape = (1, *spec.shape)
         chosen = torch.rand(spec.shape[0], config.n_routed_experts, generator=g, device=device).argsort(1)
-        return chosen[:, : shape[-1]].sort(1).values.cpu()
+        return chosen[:, : spec.shape[1]].sort(1).values.cpu()
     if kind is None:
         values = torch.randn(spec.shape, generator=g, device=device)
         if len(spec.shape) > 1:
             values *= spec.shape[-1] ** -0.5
         return values if spec.kind == "f32" else values.bfloat16()
-    N, K = spec.shape
-    if kind == "fp4":
-        data = torch.randint(0, 256, (N, K // 2), generator=g, device=device, dtype=torch.uint8).view(torch.int8)
-    else:  # magnitudes up to 1.75, which are spread as codes are
-        code = torch.randint(0, 0x3F, (N, K), generator=g, device=device, dtype=torch.uint8)
-        sign = torch.randint(0, 2, (N, K), generator=g, device=device, dtype=torch.uint8) << 7
-        data = (code | sign).view(torch.float8_e4m3fn)
     # A power of two near 1 / sqrt(K) keeps sums of unit size.
-    byte = 127 - round(0.5 * torch.tensor(float(K)).log2().item())
-    scale = torch.full(FORMATS[kind].scale_shape(spec.shape), byte, device=device, dtype=torch.uint8)
-    return QuantTensor(kind, data, scale.view(torch.float8_e8m0fnu))
+    byte = 127 - round(math.log2(spec.shape[-1]) / 2)
+    return coded(kind, spec.shape, device, (byte, byte), g)
 
 
 def equality(device: str) -> list[dict[str, Any]]:

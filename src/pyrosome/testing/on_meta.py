@@ -22,9 +22,8 @@ from pyrosome.model.step import Span, Step
 from pyrosome.ops import gpu
 from pyrosome.ops.gpu import Launch
 from pyrosome.ops.seam import OPS, use
-from pyrosome.quant import FORMATS, QuantTensor
-
-DTYPES = {"fp8": torch.float8_e4m3fn, "fp4": torch.int8}
+from pyrosome.quant import QuantTensor
+from pyrosome.testing.coded import coded
 
 
 def meta_tensors(config: ModelConfig, num_stages: int = 1) -> Iterator[tuple[str, Tensor | QuantTensor]]:
@@ -34,10 +33,7 @@ def meta_tensors(config: ModelConfig, num_stages: int = 1) -> Iterator[tuple[str
         if spec.kind == "table":
             yield name, torch.zeros(spec.shape, dtype=torch.int64)
         elif kind:
-            divide = 2 if kind == "fp4" else 1
-            data = torch.empty(spec.shape[0], spec.shape[1] // divide, dtype=DTYPES[kind], device="meta")
-            scale_shape = FORMATS[kind].scale_shape(spec.shape)
-            yield name, QuantTensor(kind, data, torch.empty(scale_shape, dtype=torch.float8_e8m0fnu, device="meta"))
+            yield name, coded(kind, spec.shape, "meta")
         else:
             dtype = torch.float32 if spec.kind == "f32" else torch.bfloat16
             yield name, torch.empty(spec.shape, dtype=dtype, device="meta")

@@ -6,12 +6,12 @@ import functools
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from pyrosome.ops.experts import ExpertWeights, clamped_swiglu, routed_experts, shared_expert
 from pyrosome.ops.linear import Prepare
-from pyrosome.quant import FORMATS, QuantTensor, round_activation, unchanged
+from pyrosome.quant import QuantTensor, round_activation, unchanged
 from pyrosome.testing.calls import Call
+from pyrosome.testing.coded import coded
 
 NUM_EXPERTS, PER_TOKEN, HIDDEN, INNER, LIMIT = 256, 6, 4096, 2048, 10.0
 _VALUES = 3 * HIDDEN * INNER  # of an expert
@@ -62,12 +62,6 @@ def _experts(kind: str, lead: tuple[int, ...], prepare: Prepare, device: torch.d
     """Codes at random under scales that bring values near 1 / 64."""
 
     def stored(*shape: int) -> QuantTensor:
-        values_per_byte = 2 if kind == "fp4" else 1
-        data: Tensor = torch.empty(*lead, shape[0], shape[1] // values_per_byte, dtype=torch.uint8, device=device)
-        scale = torch.full(FORMATS[kind].scale_shape((*lead, *shape)), 119, dtype=torch.uint8, device=device)
-        if kind == "fp4":
-            return QuantTensor(kind, data.random_(0, 256).view(torch.int8), scale.view(torch.float8_e8m0fnu))
-        codes = data.random_(0, 64)  # up to 1.75
-        return QuantTensor(kind, codes.view(torch.float8_e4m3fn), scale.view(torch.float8_e8m0fnu))
+        return coded(kind, (*lead, *shape), device)
 
     return ExpertWeights(stored(INNER, HIDDEN), stored(INNER, HIDDEN), stored(HIDDEN, INNER), prepare)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyrosome.ops.linear import Prepare, grouped_linear, linear, linears, scaled
-from pyrosome.quant import FORMATS, QuantTensor, round_activation, unchanged
+from pyrosome.quant import QuantTensor, round_activation, unchanged
 from pyrosome.testing.calls import Call
+from pyrosome.testing.coded import coded
 
 # V4-Flash: hidden size, query latent, heads x head dim, output groups and their width, vocabulary.
 D, L, INNER, G, Z, V = 4096, 1024, 32768, 8, 1024, 129280
@@ -95,14 +96,7 @@ def stored(weight: Weight, device: torch.device) -> Tensor | QuantTensor:
     name, N, K = weight
     if name in PLAIN:
         return torch.randn(N, K, device=device, dtype=PLAIN[name])
-    shape = FORMATS[name].scale_shape((N, K))
-    empty: Callable[..., Tensor] = functools.partial(torch.empty, device=device)
-    if device.type == "meta":
-        return QuantTensor(name, empty(N, K, dtype=torch.float8_e4m3fn), empty(shape, dtype=torch.float8_e8m0fnu))
-    # Codes of small magnitudes of either sign, none of which is NaN; scales about 2^-7.
-    codes = torch.randint(0, 256, (N, K), device=device, dtype=torch.uint8) & 0xBF
-    scale = torch.randint(119, 122, shape, device=device, dtype=torch.uint8)
-    return QuantTensor(name, codes.view(torch.float8_e4m3fn), scale.view(torch.float8_e8m0fnu))
+    return coded(name, (N, K), device, (119, 121))
 
 
 def stored_bytes(weight: Weight) -> int:
