@@ -138,6 +138,17 @@ class LoadOptions:
         if not isinstance(self.lock_memory, bool):
             raise RequestError(f"lock_memory is {self.lock_memory!r}; true or false was expected")
 
+    def check_device(self, device: str) -> None:
+        """Refuse what cannot be held so on a device.
+
+        Raises:
+            RequestError
+        """
+        if self.experts == "mapped" and device.partition(":")[0] != "cpu":
+            raise RequestError(
+                f"mapped experts were asked for on {device}, and only the CPU reads files in place; use cpu"
+            )
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ServerOptions:

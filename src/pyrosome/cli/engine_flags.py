@@ -73,8 +73,8 @@ def load_options(experts: str, lock_memory: bool, numa: str, device: str = "cpu"
     """
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
         raise RequestError(f"--device is {device!r}; it is cpu, cuda, or cuda:N for one of several GPUs")
-    if device != "cpu" and experts == "mapped":
-        raise RequestError(f"--experts mapped was asked for with --device {device}; only the CPU reads files in place")
-    usual, asked = dataclasses.asdict(LoadOptions()), dataclasses.asdict(LoadOptions(experts, lock_memory, numa))
+    options = LoadOptions(experts, lock_memory, numa)
+    options.check_device(device)
+    usual, asked = dataclasses.asdict(LoadOptions()), dataclasses.asdict(options)
     changed = {name: value for name, value in asked.items() if value != usual[name]}
     return changed if device == "cpu" else {**changed, "device": device}

@@ -81,7 +81,11 @@ def build(
     options = options or LoadOptions()
     index.check().raise_if_bad()
     if options.experts == "mapped":
-        _check_mapped(device, unpack)
+        options.check_device(str(device))
+        if unpack:
+            raise RequestError(
+                "mapped experts were asked for with unpack, which makes float32 copies; leave out one of the two"
+            )
         unpack = False  # float32 copies of what surrounds the experts would change nothing but memory
     if unpack is None:
         is_native = torch.device(device).type == "cpu" and native.available()
@@ -105,15 +109,6 @@ def build(
     if options.lock_memory and (why_not := native.lock(_tiles(model))):
         log.warning("lock_memory: the weights may be swapped out: %s", why_not)
     return model
-
-
-def _check_mapped(device: torch.device | str, unpack: bool | None) -> None:
-    if torch.device(device).type != "cpu":
-        raise RequestError(f"mapped experts were asked for on {device}, and only the CPU reads files in place; use cpu")
-    if unpack:
-        raise RequestError(
-            "mapped experts were asked for with unpack, which makes float32 copies; leave out one of the two"
-        )
 
 
 def _in_place(index: CheckpointIndex, names: Collection[str]) -> Iterator[tuple[str, QuantTensor]]:
