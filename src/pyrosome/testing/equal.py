@@ -69,7 +69,8 @@ def alike(found: Any, wanted: Any, allowed: float) -> bool:
 
 
 def _bytes(x: Tensor) -> Tensor:
-    return x.contiguous().flatten().view(torch.uint8)
+    # A copy: a tensor of one element counts as contiguous whatever its stride is, and then has no bytes to show.
+    return x.clone(memory_format=torch.contiguous_format).flatten().view(torch.uint8)
 
 
 def tensors(value: Any) -> Iterator[Tensor]:

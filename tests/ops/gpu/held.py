@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pyrosome.ops import gpu
 from pyrosome.ops.seam import Op, use
+from pyrosome.testing.equal import same_bits as same_bits
 
 pytest.importorskip("triton")
 
@@ -35,13 +36,6 @@ def rms(found: Tensor, wanted: Tensor) -> float:
     """Root mean square of the difference, relative to what was wanted."""
     found, wanted = found.double().cpu(), wanted.double().cpu()
     return float((found - wanted).norm() / wanted.norm().clamp(min=1e-30))
-
-
-def same_bits(found: Tensor, wanted: Tensor) -> bool:
-    """Whether two float32 tensors have the same bits; zeros of either sign and NaN of any kind are distinct values."""
-    return found.shape == wanted.shape and torch.equal(
-        found.contiguous().view(torch.int32), wanted.contiguous().view(torch.int32)
-    )
 
 
 def ahead(op: str, *capabilities: int) -> list[dict[str, Any]]:
