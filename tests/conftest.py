@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
-
-# Where there is no GPU, Triton's kernels run in its interpreter; it looks at this once, when it is first imported.
-if not (importlib.util.find_spec("torch.cuda") and __import__("torch").cuda.is_available()):
-    os.environ["TRITON_INTERPRET"] = "1"
-
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import settings
 
 from pyrosome.testing.make_nano import make_nano
+
+# Where there is no GPU, Triton's kernels run in its interpreter; it looks at this once, when it is first imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # The same examples in every run, however long one takes: a run's result is of the code alone.  To look for new ones:
 # pytest --hypothesis-profile=searching

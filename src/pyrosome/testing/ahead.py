@@ -83,13 +83,14 @@ def launches(calls: Sequence[Call], capability: int) -> list[tuple[Launch, list[
             with gpu.tracing(capability, device) as made, torch.no_grad():
                 gpu.of(call.op)(*arguments, **options)
             for launch in made:
-                _, titles = found.setdefault(_key(launch), (launch, []))
+                _, titles = found.setdefault(key_of(launch), (launch, []))
                 if call.title not in titles:
                     titles.append(call.title)
     return list(found.values())
 
 
-def _key(launch: Launch) -> Any:
+def key_of(launch: Launch) -> Any:
+    """The same for launches of one compiled kernel."""
     v = launch.variant
     sizes = tuple(sorted(v.constants.items()))
     return launch.kernel.__name__, launch.signature, launch.constants, v.name, sizes, v.warps, v.stages

@@ -186,7 +186,7 @@ def test_shapes_do_not_make_a_kernel_compile_again(M, prepare):
         with gpu.tracing(90) as launches:
             weights = [(stored("fp8", N, 256).to("meta"), prepare) for N in sizes]
             made.linears(torch.empty(M, 256, device="meta"), weights)
-        return {ahead._key(launch) for launch in launches}
+        return {ahead.key_of(launch) for launch in launches}
 
     assert launched(128) == launched(256, 16) == launched(144, 32, 48, 16)
 

@@ -37,13 +37,13 @@ def test_whatever_a_step_launches_is_compiled_ahead_of_time(name, capability):
     made = trace_step(flash(), STEPS[name], "fp8", capability, layers=[0, *KINDS])
     assert made.logits.shape == (len(STEPS[name]), 129_280)
     known = compiled_keys(capability)
-    unknown = {launch.kernel.__name__ for launch in made.launches if ahead._key(launch) not in known}
+    unknown = {launch.kernel.__name__ for launch in made.launches if ahead.key_of(launch) not in known}
     assert not unknown, "testing.calls lacks a call that launches these as this step does"
 
 
 @functools.cache
 def compiled_keys(capability: int) -> set[object]:
-    return {ahead._key(launch) for launch, _ in ahead.launches(list(all_calls()), capability)}
+    return {ahead.key_of(launch) for launch, _ in ahead.launches(list(all_calls()), capability)}
 
 
 def test_a_whole_step_of_flash_runs_on_one_device():

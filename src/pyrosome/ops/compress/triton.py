@@ -98,7 +98,7 @@ def compress(
     width: int,
 ) -> Tensor:
     """As the definition, for float32 kv."""
-    return _rows(kv_TE, gate_TE, tail_kv_SRE, tail_gate_SRE, bias_PE, emit, width, None, None, 0.0, False)
+    return compressed_rows(kv_TE, gate_TE, tail_kv_SRE, tail_gate_SRE, bias_PE, emit, width, None, None, 0.0)
 
 
 def compressed_rows(
@@ -109,35 +109,12 @@ def compressed_rows(
     bias_PE: Tensor,
     emit: Emit,
     width: int,
-    norm_D: Tensor,
-    rotation_MF: Tensor,
-    eps: float,
-    round_nope: Callable[[Tensor], Tensor] = unchanged,
-) -> Tensor:
-    """As the definition, for float32 kv."""
-    rows_MD = _rows(
-        kv_TE, gate_TE, tail_kv_SRE, tail_gate_SRE, bias_PE, emit, width, norm_D, rotation_MF, eps,
-        round_nope is round_kv,
-    )  # fmt: skip
-    if round_nope in (round_kv, unchanged):
-        return rows_MD
-    nope = rows_MD.shape[1] - 2 * rotation_MF.shape[1]
-    return torch.cat([round_nope(rows_MD[:, :nope]), rows_MD[:, nope:]], dim=-1)
-
-
-def _rows(
-    kv_TE: Tensor,
-    gate_TE: Tensor,
-    tail_kv_SRE: Tensor,
-    tail_gate_SRE: Tensor,
-    bias_PE: Tensor,
-    emit: Emit,
-    width: int,
     norm_D: Tensor | None,
     rotation_MF: Tensor | None,
     eps: float,
-    rounds: bool,
+    round_nope: Callable[[Tensor], Tensor] = unchanged,
 ) -> Tensor:
+    """As the definition, for float32 kv; rows as they are pooled where there is no norm."""
     _check_windows(kv_TE, gate_TE, tail_kv_SRE, tail_gate_SRE, bias_PE, emit, width)
     (P, E), R, M = bias_PE.shape, tail_kv_SRE.shape[1], emit.end.shape[0]
     D, F, turn = E * P // width, 0, None
@@ -153,10 +130,13 @@ def _rows(
     held = [x.contiguous() for x in (kv_TE, gate_TE, tail_kv_SRE, tail_gate_SRE, bias_PE, *emit)]
     gpu.launch(
         _compress, (M,), *held, norm_D, turn, rows_MD, R, eps, E=E, D=D, P=P, W=width, F=F,
-        G=gpu.pow2(D, 64) // 64, ROUND=rounds, TOKENS=min(_TOKENS, gpu.pow2(width)),
+        G=gpu.pow2(D, 64) // 64, ROUND=round_nope is round_kv, TOKENS=min(_TOKENS, gpu.pow2(width)),
         variant=VARIANTS[f"{min(gpu.pow2(D, 128), 1024)} channels"],
     )  # fmt: skip
-    return rows_MD
+    if round_nope in (round_kv, unchanged):
+        return rows_MD
+    nope = D - 2 * F
+    return torch.cat([round_nope(rows_MD[:, :nope]), rows_MD[:, nope:]], dim=-1)
 
 
 def _check_windows(

@@ -105,7 +105,7 @@ def linears(
     stored = [_stored(weight, K) for weight, _ in weights]
     target = gpu.target(x.device)
     needs = [_need(w, prepare, target) for w, (_, prepare) in zip(stored, weights, strict=True)]
-    rows = _rows(x_MK, {need.form for need in needs}, norm, eps)
+    rows = prepared_rows(x_MK, norm, eps, **{need.form: True for need in needs})
     outs = [x.new_empty(x_MK.shape[0], w.num_outputs) for w in stored]
     apart: list[_Apart] = []
     for need in dict.fromkeys(needs):
@@ -125,7 +125,8 @@ def grouped_linear(x_TGK: Tensor, weight_NK: Tensor | QuantTensor) -> Tensor:
         raise RuntimeError(f"{weight.num_outputs} outputs were to be divided among {G} groups, and do not divide")
     target = gpu.target(x_TGK.device)
     need = _need(weight, unchanged, target)
-    rows = _rows(x_TGK.reshape(T * G, K) if K else x_TGK.new_empty(T * G, 0), {need.form}, None, 0.0)
+    x_MK = x_TGK.reshape(T * G, K) if K else x_TGK.new_empty(T * G, 0)
+    rows = prepared_rows(x_MK, None, 0.0, **{need.form: True})
     out = x_TGK.new_empty(T, weight.num_outputs)
     _add(_multiply(rows, need, [weight], [out], G, target))
     return out.view(T, G, weight.num_outputs // G)
@@ -174,10 +175,6 @@ def _need(weight: _Stored, prepare: Prepare, target: Target) -> _Need:
     else:
         form = "plain" if weight.kind == "f32" else "parts"
     return _Need(form, weight.kind, weight.num_inputs)
-
-
-def _rows(x_MK: Tensor, forms: set[str], norm: Tensor | None, eps: float) -> Rows:
-    return prepared_rows(x_MK, norm, eps, **dict.fromkeys(forms, True))
 
 
 def _multiply(

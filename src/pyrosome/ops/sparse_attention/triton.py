@@ -22,7 +22,7 @@ from pyrosome.ops.sparse_attention.triton_attend import attend, weigh
 from pyrosome.ops.sparse_attention.triton_gather import gather
 from pyrosome.ops.sparse_attention.triton_merge import join_parts, merge_runs
 from pyrosome.ops.sparse_attention.triton_rows import OWN, PAGE_ROWS, PAGES, RING
-from pyrosome.ops.sparse_attention.triton_sums import FINISHED, PART
+from pyrosome.ops.sparse_attention.triton_sums import FINISHED, LOG2_E, PART
 from pyrosome.quant.rows import FP8KVRows
 
 KEYS = {True: 64, False: 16}  # of a leaf, over narrow rows and over others
@@ -32,7 +32,6 @@ SEGMENT = 16  # leaves of a run
 PROGRAMS = 512  # a step that needs no more has a program for each leaf
 SPREAD = 128  # with no more than these it has several, which share the leaf's channels
 WORKSPACE_BYTES = 96 << 20  # of weights, and of runs that wait to be merged
-LOG2_E = 1.4426950408889634
 
 # "ahead" asks for the rows of the next leaf while it computes, where a device has room for them.
 VARIANTS = {"plain": Variant("plain", {}, warps=4, stages=1), "ahead": Variant("ahead", {}, warps=4, stages=2)}
@@ -122,7 +121,7 @@ def _attend(
     kinds, arguments = _told(told, torch.bfloat16 if narrow and run > 1 else torch.float32)
     out, lse = torch.empty(T, H, C, device=where), torch.empty(0 if finish else T, H, device=where)
     sink, turn = _finishing(*finish) if finish else (None, None)
-    writes, scale = FINISHED.value if finish else PART.value, C**-0.5 * LOG2_E
+    writes, scale = FINISHED.value if finish else PART.value, C**-0.5 * LOG2_E.value
     shape: dict[str, Any] = {"H": H, "C": C, "NARROW": narrow}
     constants = {
         **kinds, **shape, "KEYS": keys, "BLOCK_H": block_h, "BLOCK_C": block_c, "HAS_FP8": target.has_fp8,

@@ -109,31 +109,13 @@ def attend(
     row = tl.program_id(0).to(tl.int64)
     token, leaf = row // leaves, (row % leaves).to(tl.int32)
     a = (
-        a_data_ptr,
-        a_wide_ptr,
-        a_scale_ptr,
-        a_map_ptr,
-        a_span_ptr,
-        a_fresh_ptr,
-        a_index_ptr,
-        a_width,
-        a_spans,
-        a_K,
-        a_rows,
-    )
+        a_data_ptr, a_wide_ptr, a_scale_ptr, a_map_ptr, a_span_ptr, a_fresh_ptr, a_index_ptr,
+        a_width, a_spans, a_K, a_rows,
+    )  # fmt: skip
     b = (
-        b_data_ptr,
-        b_wide_ptr,
-        b_scale_ptr,
-        b_map_ptr,
-        b_span_ptr,
-        b_fresh_ptr,
-        b_index_ptr,
-        b_width,
-        b_spans,
-        b_K,
-        b_rows,
-    )
+        b_data_ptr, b_wide_ptr, b_scale_ptr, b_map_ptr, b_span_ptr, b_fresh_ptr, b_index_ptr,
+        b_width, b_spans, b_K, b_rows,
+    )  # fmt: skip
     head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     inside, first = head < H, tl.program_id(2) * each
     stop = tl.minimum(first + each, CHUNKS)
@@ -168,25 +150,9 @@ def attend(
             if FORMAT != "":
                 raw = raw_rows(leaf, place, a, b, low, False, C, NOPE, FORMAT, KEYS, BLOCK_C)
             value = values(
-                p,
-                raw,
-                0,
-                leaf,
-                own,
-                a,
-                b,
-                low,
-                False,
-                A_KIND,
-                B_KIND,
-                C,
-                FORMAT,
-                NARROW,
-                KEYS,
-                BLOCK_C,
-                HAS_FP8,
+                p, raw, 0, leaf, own, a, b, low, False, A_KIND, B_KIND, C, FORMAT, NARROW, KEYS, BLOCK_C, HAS_FP8,
                 UPCAST,
-            )
+            )  # fmt: skip
             tl.store(to + low, value, mask=inside[:, None] & (channel < C - low))
 
 
@@ -209,31 +175,13 @@ def weigh(
     row = tl.program_id(0).to(tl.int64)
     token = first_token + row
     a = (
-        a_data_ptr,
-        a_wide_ptr,
-        a_scale_ptr,
-        a_map_ptr,
-        a_span_ptr,
-        a_fresh_ptr,
-        a_index_ptr,
-        a_width,
-        a_spans,
-        a_K,
-        a_rows,
-    )
+        a_data_ptr, a_wide_ptr, a_scale_ptr, a_map_ptr, a_span_ptr, a_fresh_ptr, a_index_ptr,
+        a_width, a_spans, a_K, a_rows,
+    )  # fmt: skip
     b = (
-        b_data_ptr,
-        b_wide_ptr,
-        b_scale_ptr,
-        b_map_ptr,
-        b_span_ptr,
-        b_fresh_ptr,
-        b_index_ptr,
-        b_width,
-        b_spans,
-        b_K,
-        b_rows,
-    )
+        b_data_ptr, b_wide_ptr, b_scale_ptr, b_map_ptr, b_span_ptr, b_fresh_ptr, b_index_ptr,
+        b_width, b_spans, b_K, b_rows,
+    )  # fmt: skip
     head = tl.program_id(2) * BLOCK_H + tl.arange(0, BLOCK_H)
     inner = tl.arange(0, KEYS)
     held = ()

@@ -119,31 +119,13 @@ def gather(
     row = (program // (GROUPS * BLOCKS)).to(tl.int64)
     token = first_token + row
     a = (
-        a_data_ptr,
-        a_wide_ptr,
-        a_scale_ptr,
-        a_map_ptr,
-        a_span_ptr,
-        a_fresh_ptr,
-        a_index_ptr,
-        a_width,
-        a_spans,
-        a_K,
-        a_rows,
-    )
+        a_data_ptr, a_wide_ptr, a_scale_ptr, a_map_ptr, a_span_ptr, a_fresh_ptr, a_index_ptr,
+        a_width, a_spans, a_K, a_rows,
+    )  # fmt: skip
     b = (
-        b_data_ptr,
-        b_wide_ptr,
-        b_scale_ptr,
-        b_map_ptr,
-        b_span_ptr,
-        b_fresh_ptr,
-        b_index_ptr,
-        b_width,
-        b_spans,
-        b_K,
-        b_rows,
-    )
+        b_data_ptr, b_wide_ptr, b_scale_ptr, b_map_ptr, b_span_ptr, b_fresh_ptr, b_index_ptr,
+        b_width, b_spans, b_K, b_rows,
+    )  # fmt: skip
     group, block, first = program % GROUPS, program // GROUPS % BLOCKS, tl.program_id(1) * RUN
     head = block * BLOCK_H + tl.arange(0, BLOCK_H)
     leaf = first + tl.arange(0, RUN)
